@@ -1,0 +1,77 @@
+"""The ranks of a run: who this process is, and the few things that ranks say to each other."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=60)  # one rank may evaluate or export for long while the others wait
+
+
+def rank() -> int:
+    """This process's number, 0 where there is one process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes share the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_device(accelerator: str) -> torch.device:
+    """The device of this process: its own GPU, or the CPU.
+
+    Args:
+        accelerator: `gpu`, `cpu`, or `auto` for a GPU where there is one.
+    """
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def join(device: torch.device) -> None:
+    """Enter the process group that the environment describes; one process makes a group of its own."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world() > 1:
+        dist.barrier()
+
+
+def gather(thing: Any) -> list[Any]:
+    """The `thing` of every rank, in the order of ranks, on every rank."""
+    if world() == 1:
+        return [thing]
+    things: list[Any] = [None] * world()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is up on any rank."""
+    return any(gather(flag))
+
+
+def total(values: Tensor, device: torch.device) -> Tensor:
+    """Sum of `values` over ranks, on the CPU in float64."""
+    summed = values.to(device=device, dtype=torch.float64, copy=True)
+    if world() > 1:
+        dist.all_reduce(summed)
+    return summed.cpu()

@@ -1,0 +1,303 @@
+"""The machine behind a few verbs: measure, backward, step, save, load, export.
+
+`TorchEngine` is one process in plain PyTorch; `DeepSpeedEngine` is any number of ranks at ZeRO stage 0 to 3. A step's
+gradient is the sum over all micro-batches and ranks of what `backward` was given, so a caller who divides by the
+global count gets the same gradient however the step is split.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align_cli import distributed
+from align_cli.data.batches import MicroBatch
+from align_cli.models.causal import measure
+from align_cli.ranges import Count, Fraction, NonNegative, Positive
+
+Network = PreTrainedModel | PeftModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The `engine` section of the configuration."""
+
+    name: Literal["torch", "zero0", "zero1", "zero2", "zero3"]
+    precision: Literal["auto", "fp32", "bf16"]
+    micro_tokens: Count
+    gradient_checkpointing: bool
+
+    @property
+    def stage(self) -> int | None:
+        """The ZeRO stage, or None in plain PyTorch."""
+        return None if self.name == "torch" else int(self.name[-1])
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The type of weights and activations: auto is bf16 on a GPU and fp32 on a CPU."""
+        if self.precision == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The `optimizer` section of the configuration: AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
+
+    betas: list[Fraction]
+    eps: Positive
+    weight_decay: NonNegative
+    max_grad_norm: Positive | None
+
+
+class Engine(ABC):
+    """A network that trains, on this rank's share of every step."""
+
+    def __init__(self, network: Network, device: torch.device, *, flat: bool):
+        self.network = network
+        self.device = device
+        self.flat = flat
+
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """What a forward pass must call."""
+
+    def measure(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """The policy's columns, with gradient (`align_cli.models.causal.measure`)."""
+        return measure(self.module(), batch, flat=self.flat)
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's scalar `loss` to the step's gradient."""
+
+    @abstractmethod
+    def step(self, lr: float) -> float:
+        """Clip, update, clear; returns the norm of the step's gradient before clipping."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what resuming needs; every rank calls it."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; every rank calls it."""
+
+    @abstractmethod
+    def gathered(self) -> AbstractContextManager[None]:
+        """Whole weights in every rank's hands, for generation; every rank enters it."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Whole trained weights on the CPU of rank 0, {} elsewhere; every rank calls it."""
+
+    def export(self, folder: Path) -> None:
+        """Write an ordinary Hugging Face folder, or a peft folder for adapters; every rank calls it."""
+        weights = self.weights()
+        if distributed.rank() == 0:
+            if isinstance(self.network, PeftModel):
+                weights = get_peft_model_state_dict(self.network, state_dict=weights)
+            self.network.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+        distributed.barrier()
+
+
+def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name; a tied one once."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def adamw(parameters: dict[str, nn.Parameter], options: Optimizer) -> torch.optim.AdamW:
+    """AdamW; biases and norms are not decayed."""
+    groups: list[dict[str, Any]] = [{"params": list(parameters.values()), "weight_decay": 0.0}]
+    if options.weight_decay > 0:
+        spared = {name for name in parameters if name.endswith("bias") or "norm" in name.lower() or "ln_" in name}
+        groups = [
+            {"params": [p for n, p in parameters.items() if n not in spared], "weight_decay": options.weight_decay},
+            {"params": [p for n, p in parameters.items() if n in spared], "weight_decay": 0.0},
+        ]
+    beta1, beta2 = options.betas
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=options.eps, fused=True)
+
+
+class TorchEngine(Engine):
+    """One process. Weights below fp32 are updated through fp32 masters."""
+
+    def __init__(self, network: Network, device: torch.device, *, flat: bool, optimizer: Optimizer):
+        super().__init__(network.to(device), device, flat=flat)  # pyright: ignore[reportArgumentType]
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.parameters = trainable(network)
+        self.masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self.parameters.items()
+        }
+        self.optimizer = adamw(self.masters, optimizer)
+
+    def module(self) -> nn.Module:
+        return self.network
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad + gradient
+            parameter.grad = None
+
+    def step(self, lr: float) -> float:
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(list(self.masters.values()), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._publish()
+        return float(norm)
+
+    def _publish(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+
+    def save(self, folder: Path) -> None:
+        tensors = {f"weight/{name}": master.detach().contiguous() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            for key, value in self.optimizer.state[master].items():
+                tensors[f"{key}/{name}"] = value.contiguous()
+        save_file(tensors, folder / "engine.safetensors")
+
+    def load(self, folder: Path) -> None:
+        tensors = load_file(folder / "engine.safetensors", device=str(self.device))
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(tensors.pop(f"weight/{name}"))
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            # AdamW keeps its step count on the CPU unless it is fused on a GPU, where it stands beside the moments.
+            self.optimizer.state[self.masters[name]][kind] = value
+        self._publish()
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().cpu() for name, parameter in self.parameters.items()} | {
+            name: parameter.detach().cpu()
+            for name, parameter in self.network.named_parameters()
+            if not parameter.requires_grad and not isinstance(self.network, PeftModel)
+        }
+
+
+def deepspeed_config(options: EngineOptions, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
+    """The whole DeepSpeed configuration; what changed its default in 2026 is written out."""
+    precise = options.dtype(device) == torch.bfloat16
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # A step has as many micro-batches as its tokens need; `step()` is the boundary.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0 if optimizer.max_grad_norm is None else optimizer.max_grad_norm,
+        "bf16": {"enabled": precise, "check_grad_overflow": False},
+        "fp16": {"enabled": False},
+        "zero_optimization": {
+            "stage": options.stage,
+            "overlap_comm": device.type == "cuda" and options.stage in (2, 3),
+            "contiguous_gradients": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if precise:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def keep_zero3_alive(config: dict[str, Any]) -> object | None:
+    """Partition every model that is loaded while the result lives; None below stage 3."""
+    if config["zero_optimization"]["stage"] != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
+
+
+class DeepSpeedEngine(Engine):
+    """Ranks under DeepSpeed, ZeRO stage 0 to 3."""
+
+    def __init__(
+        self, network: Network, device: torch.device, *, flat: bool, config: dict[str, Any], optimizer: Optimizer
+    ):
+        super().__init__(network, device, flat=flat)
+        import deepspeed
+
+        self.stage = config["zero_optimization"]["stage"]
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.optimizer = adamw(trainable(network), optimizer)
+        self.engine, *_ = deepspeed.initialize(
+            model=network, optimizer=self.optimizer, config=config, dist_init_required=False
+        )
+
+    def module(self) -> nn.Module:
+        return self.engine
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over ranks; the gradient of a step is the sum.
+        self.engine.backward(loss * distributed.world(), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norms: list[Tensor] = []
+        # Stage 0 in fp32 clips without telling the norm.
+        hook = self._watch_norm(norms.append) if self.stage == 0 else None
+        self.engine.step()
+        if hook is not None:
+            hook()
+        norm = norms[0] if norms else self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def _watch_norm(self, tell: Callable[[Tensor], None]) -> Callable[[], None]:
+        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            tell(nn.utils.get_total_norm(gradients))
+
+        handle = self.optimizer.register_step_pre_hook(before)
+        return handle.remove
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
+
+    def load(self, folder: Path) -> None:
+        self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        if self.stage != 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.network.parameters()))
+
+    def weights(self) -> dict[str, Tensor]:
+        wanted = trainable(self.network) if isinstance(self.network, PeftModel) else dict(
+            self.network.named_parameters()
+        )
+        if self.stage != 3:
+            return {n: p.detach().cpu() for n, p in wanted.items()} if distributed.rank() == 0 else {}
+        import deepspeed
+
+        weights: dict[str, Tensor] = {}
+        for name, parameter in wanted.items():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if distributed.rank() == 0:
+                    weights[name] = parameter.detach().cpu().clone()
+        return weights

@@ -1,0 +1,58 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685), through peft."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from align_cli.errors import UserError
+from align_cli.ranges import Count, Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The `adapter` section of the configuration; `rank` is null where all weights are trained."""
+
+    name: str
+    rank: Count | None
+    scale: Positive | None
+    targets: list[str] | Literal["all-linear"] | None
+    bits: Literal[4] | None
+
+
+def attach(network: PreTrainedModel, adapter: Adapter, *, seed: int) -> PreTrainedModel | PeftModel:
+    """The network with fresh adapters, which change nothing until the first update; or as it is without."""
+    if adapter.rank is None:
+        return network
+    # Every rank must draw the same adapter.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(
+                network,
+                LoraConfig(
+                    r=adapter.rank,
+                    lora_alpha=adapter.scale,  # pyright: ignore[reportArgumentType]  a float works as well
+                    lora_dropout=0.0,
+                    target_modules=adapter.targets,
+                    bias="none",
+                    task_type="CAUSAL_LM",
+                ),
+                autocast_adapter_dtype=False,
+            )
+        except ValueError as error:
+            raise UserError(f"adapter.targets={adapter.targets}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def switched_off(network: nn.Module) -> Iterator[None]:
+    """The network without its adapters: the reference of a LoRA run."""
+    if not isinstance(network, PeftModel):
+        raise UserError("reference=adapter needs an adapter; the run trains all weights. Use reference=cached.")
+    with network.disable_adapter():
+        yield
