@@ -1,0 +1,50 @@
+"""The `reward` group: how the ratings of the data become the rewards of a loss.
+
+Hard and smoothed labels are ways of making rewards, never flags of a loss: a loss that weighs responses by
+softmax(rewards/α) sees exactly the label.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from align_cli.ranges import OpenFraction, Positive
+
+
+def given(ratings: Tensor) -> Tensor:
+    """The ratings as they are, (B, K)."""
+    return ratings
+
+
+def hard(ratings: Tensor, *, ties: Literal["split", "first"]) -> Tensor:
+    """The logarithm of a one-hot label on the best response.
+
+    Args:
+        ratings: (B, K).
+        ties: whether the best responses share the label or the first of them has it.
+
+    Returns:
+        (B, K), 0 for the best and -∞ for the others; softmax(hard/α) is the label for every α.
+    """
+    best = ratings == ratings.amax(dim=-1, keepdim=True)
+    if ties == "first":
+        best = best & (best.cumsum(dim=-1) == 1)
+    return torch.zeros_like(ratings).masked_fill(~best, -torch.inf)
+
+
+def smoothed(ratings: Tensor, *, label_smoothing: OpenFraction, alpha: Positive) -> Tensor:
+    """The logarithm of a label of 1 - ε on the best response and ε on the others together, times α.
+
+    Args:
+        ratings: (B, K), K >= 2; the first of equally rated best responses has the label.
+        label_smoothing: ε.
+        alpha: the reward temperature of the loss.
+
+    Returns:
+        (B, K) such that softmax(smoothed/α) is the label. EXO-pref, arXiv:2402.00856, eq. (16), on pairs.
+    """
+    best = torch.nn.functional.one_hot(ratings.argmax(dim=-1), ratings.shape[-1]).bool()
+    others = torch.full_like(ratings, math.log(label_smoothing / (ratings.shape[-1] - 1)))
+    return alpha * others.masked_fill(best, math.log1p(-label_smoothing))
