@@ -1,0 +1,43 @@
+"""Lines on the terminal: results go to standard output, everything else to standard error."""
+
+import os
+import sys
+from typing import Literal, TextIO
+
+Style = Literal["bold", "dim", "red", "green", "yellow"]
+_CODES: dict[Style, int] = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
+
+
+def is_live(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which a progress bar can redraw itself."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Whether a stream takes colour: it is a terminal, and NO_COLOR (https://no-color.org) is unset or empty."""
+    return is_live(stream) and not os.environ.get("NO_COLOR")
+
+
+def paint(text: str, style: Style, stream: TextIO) -> str:
+    """The text in a style where the stream takes colour, the text itself elsewhere."""
+    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if has_colour(stream) else text
+
+
+def result(text: str) -> None:
+    """A line that the user asked for: standard output."""
+    print(text, flush=True)
+
+
+def say(text: str) -> None:
+    """A line about what is going on: standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """A line about something the user should know: standard error."""
+    say(f"{paint('warning:', 'yellow', sys.stderr)} {text}")
+
+
+def error(text: str) -> None:
+    """The line that a command ends with when it fails: standard error."""
+    say(f"{paint('error:', 'red', sys.stderr)} {text}")
