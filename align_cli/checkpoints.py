@@ -80,7 +80,7 @@ class Checkpoints:
             CheckpointError: there are checkpoints and none is whole.
         """
         there, candidates = distributed.gather((_steps(self.folder), committed(self.folder)))[0]
-        damaged = {step: "a file is missing or has another size" for step in there}
+        damaged = dict.fromkeys(there, "a file is missing or has another size")
         for checkpoint in candidates:
             wrong = _damage(checkpoint)
             if not wrong:

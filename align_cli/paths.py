@@ -14,17 +14,17 @@ def _shipped(folder: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / folder
 
 
-def conf_dir() -> Path:
-    """The folder of configuration groups: `conf_dir()/algo/nca.yaml`."""
+def conf() -> Path:
+    """The folder of configuration groups: `conf()/algo/nca.yaml`."""
     return _shipped("conf")
 
 
-def recipes_dir() -> Path:
-    """The folder of recipes, one folder per paper: `recipes_dir()/nca/fig5.yaml`."""
+def recipes() -> Path:
+    """The folder of recipes, one folder per paper: `recipes()/nca/fig5.yaml`."""
     return _shipped("recipes")
 
 
-def cache_dir() -> Path:
+def cache() -> Path:
     """The folder for what can be made again: the embedded world, tokenised data, reference log-probabilities.
 
     `ALIGN_CACHE` names it; without it, it is the platform's cache folder.

@@ -1,4 +1,4 @@
-"""A run directory: who is using it, and the small files in it. `metrics.jsonl` and `checkpoints/` have their own modules.
+"""A run directory: who is using it, and the small files in it. Metrics and checkpoints have their own modules.
 
 Whatever is written here is either the old file or the new one, never half of it.
 """
