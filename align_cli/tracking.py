@@ -13,15 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from align_cli import terminal
 from align_cli.ranges import Count, Positive
 from align_cli.rundir import Scalar, flatten, plain, write_atomic
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb.json"
@@ -161,6 +158,7 @@ def _has_netrc_entry() -> bool:
 
 def _start_wandb(run_dir: Path, config: Mapping[str, Any], track: Track) -> Any:
     import wandb as client
+    from wandb.errors import Error as WandbError
 
     identity = run_dir / WANDB_ID
     if identity.exists():
@@ -196,7 +194,7 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any], track: Track) -> Any:
     mode = wandb_mode()
     try:
         return start(mode)
-    except client.errors.Error as error:
+    except WandbError as error:
         if mode == "offline":
             raise
         terminal.warn(f"Weights & Biases cannot be reached ({error}); this run is recorded offline in {run_dir}/wandb")
@@ -248,7 +246,7 @@ class _Bar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._bar: Progress = Progress(
+        self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),

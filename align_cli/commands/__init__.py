@@ -1,0 +1,1 @@
+"""The commands of `align` that are not `train`: each module reads its arguments and prints."""
