@@ -89,5 +89,5 @@ def alpha(*, alpha: OpenFraction) -> Divergence:
 
 def _expm1(exponent: Tensor) -> Tensor:
     """e^exponent − 1, continued by its tangent beyond `STEEPEST`."""
-    capped = exponent.clamp(max=STEEPEST)
-    return torch.expm1(capped) + math.exp(STEEPEST) * (exponent - capped)
+    # Two terms whose slopes do not overlap: subtracting e^20 from itself would leave rounding errors above 1 in float32.
+    return torch.expm1(exponent.clamp(max=STEEPEST)) + math.exp(STEEPEST) * (exponent - STEEPEST).relu()
