@@ -1,0 +1,363 @@
+"""Exact token ids of a prompt and its responses.
+
+What holds for every record and every tokenizer with a `tokenizers` backend:
+
+- the prompt is encoded once, so its ids are the same for all K responses, and are those that generation starts from;
+- a sequence is the prompt's ids followed by a response's ids;
+- there is one begin-of-sequence token if the tokenizer puts one, whether or not the chat template writes it too;
+- a response ends with its stop token, once: the first special token that the chat template writes after an assistant
+  turn, or the end-of-sequence token;
+- a string such as `</s>` inside a prompt or a response stays text. Only what the template itself writes becomes a
+  special token;
+- where no text looks like a special token, prompt and response ids are those of the tokenizer's own
+  `apply_chat_template`, unless a token would reach across the border of prompt and response: it is cut there.
+
+The means: in a copy of the tokenizer every special token has a stand-in, a private-use character that is an ordinary
+added token. Texts are escaped before the template sees them, the template's delimiters become stand-ins, and the copy
+is told to read special strings as text. Because a stand-in splits the text as the special token does, everything
+between is encoded as the tokenizer itself would.
+
+The text template joins prompt and response as they are: a response that should begin with a space has to have it.
+A dialogue is written with "Human:" and "Assistant:" under it, as in Anthropic's HH. A chat template that changes
+texts (strips them) is followed: what is trained on is what it writes.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Encoding, Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from align_cli.data.options import TemplateName
+from align_cli.data.records import Message, Record, RowError
+from align_cli.errors import UserError
+
+STAND_IN = 0xF0000  # supplementary private-use area A: one character for each special token that the template writes
+ESCAPE = 0x100000  # supplementary private-use area B: one character for each special string inside a text
+MOST_SPECIALS = 0xFFF0
+PROBE = chr(ESCAPE + MOST_SPECIALS)  # stands for a text while the template is examined
+ANCHOR = chr(STAND_IN + MOST_SPECIALS)  # a border that no token crosses
+
+SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """A record as token ids; every response ends with the stop token."""
+
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A record as text, special tokens being stand-ins; a sequence is `prompt` + a response."""
+
+    prompt: str
+    responses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids, and the encoding that knows their characters."""
+
+    ids: list[int]
+    encoding: Encoding
+
+    def border(self, position: int) -> int | None:
+        """The first token that starts at or after a character; None if a token reaches across it."""
+        at = self.encoding.char_to_token(position)
+        if at is not None:
+            return at if self.encoding.token_to_chars(at)[0] >= position else None
+        # A character in no token, such as a space that the tokenizer drops.
+        return next((at for at, (start, _) in enumerate(self.encoding.offsets) if start >= position), len(self.ids))
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """What tells the characters of each token.
+
+    Raises:
+        UserError: the tokenizer has no such thing.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer.backend_tokenizer
+    raise UserError(
+        f"the tokenizer {type(tokenizer).__name__} gives no character offsets. "
+        "Use a model whose folder has a tokenizer.json (a fast tokenizer)."
+    )
+
+
+class Codec:
+    """A tokenizer in which only stand-ins become special tokens.
+
+    Raises:
+        UserError: the tokenizer has no `tokenizers` backend.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = backend_of(tokenizer)
+        written = json.loads(backend.to_str())
+        # A post-processor may trim spaces off the offsets, which hides tokens that reach across a border.
+        written |= {"post_processor": None, "truncation": None, "padding": None}
+        self.backend = Tokenizer.from_str(json.dumps(written))
+        self.backend.encode_special_tokens = True
+
+        added = {token.content: token for token in backend.get_added_tokens_decoder().values() if token.special}
+        named = {
+            token: AddedToken(token) for token in tokenizer.all_special_tokens if backend.token_to_id(token) is not None
+        }
+        specials = named | added
+        self.stand_in = {text: chr(STAND_IN + index) for index, text in enumerate(specials)}
+        self.escape_of = {text: chr(ESCAPE + index) for index, text in enumerate(specials)}
+        self.text_of = {ESCAPE + index: text for index, text in enumerate(specials)}
+        self.backend.add_tokens([standing(self.stand_in[text], token) for text, token in specials.items()])
+        self.backend.add_tokens([AddedToken(ANCHOR, special=False, normalized=False)])
+        self.id_of = {self.backend.token_to_id(self.stand_in[text]): backend.token_to_id(text) for text in specials}
+        longest_first = sorted(specials, key=len, reverse=True)
+        self.specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.private = re.compile(f"[{chr(STAND_IN)}-{ANCHOR}{chr(ESCAPE)}-{PROBE}]")
+
+    def escape(self, text: str) -> str:
+        """`text` with a private character for every string that looks like a special token.
+
+        Raises:
+            RowError: the text holds such a private character itself.
+        """
+        private = self.private.search(text)
+        if private:
+            raise RowError(f"holds the private-use character U+{ord(private[0]):X}, which has no meaning in a text")
+        return self.specials.sub(lambda match: self.escape_of[match[0]], text)
+
+    def delimit(self, rendered: str) -> str:
+        """What a template wrote around escaped texts: its special tokens as stand-ins, the texts as they were."""
+        return self.specials.sub(lambda match: self.stand_in[match[0]], rendered).translate(self.text_of)
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Encode texts that `delimit` made."""
+        return [
+            Encoded([self.id_of.get(token, token) for token in encoding.ids], encoding)
+            for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)
+        ]
+
+    def last_delimiter(self, text: str) -> int:
+        """Where the last stand-in of a text is; 0 if there is none."""
+        return max((match.start() for match in self.private.finditer(text)), default=0)
+
+    def encode_after(self, context: str, text: str) -> list[int]:
+        """The ids of `text` as they are behind `context`, cut off where a token would reach across."""
+        # Behind a line end or a full stop no tokenizer adds the space that it adds at the start of a text.
+        for before in (context, "\n", ".", ANCHOR):
+            [encoded] = self.encode([before + text])
+            border = encoded.border(len(before))
+            if border is not None:
+                return encoded.ids[border:]
+        raise AssertionError("a token reaches across an added token")
+
+
+def standing(character: str, token: AddedToken) -> AddedToken:
+    """The stand-in that splits a text as `token` does."""
+    return AddedToken(
+        character,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=False,
+        special=False,
+    )
+
+
+class Writer(Protocol):
+    """How records become text."""
+
+    def render(self, record: Record) -> Rendered:
+        """The text of a record. Raises RowError where it has none."""
+        ...
+
+    @property
+    def header(self) -> str:
+        """What stands between the end of the last text of a prompt and the response."""
+        ...
+
+
+class TextWriter:
+    """Prompt and response joined as they are, then the end-of-sequence token."""
+
+    def __init__(self, codec: Codec, *, stop: str, system: str | None) -> None:
+        self.codec, self.stop, self.system = codec, stop, system
+
+    @property
+    def header(self) -> str:
+        return ""
+
+    def render(self, record: Record) -> Rendered:
+        system = f"{self.system}\n\n" if self.system else ""
+        if isinstance(record.prompt, str):
+            prompt, join = system + record.prompt, ""
+        else:
+            own = any(message["role"] == "system" for message in record.prompt)
+            prompt, join = ("" if own else system) + dialogue(record.prompt), " "
+        escape, delimit = self.codec.escape, self.codec.delimit
+        responses = tuple(delimit(escape(join + response) + self.stop) for response in record.responses)
+        return Rendered(delimit(escape(prompt)), responses)
+
+
+def dialogue(messages: Sequence[Message]) -> str:
+    """A dialogue as text, up to the response: HH's way of writing."""
+    turns = [
+        message["content"] + "\n\n"
+        if message["role"] == "system"
+        else f"{SPEAKERS[message['role']]}: {message['content']}\n\n"
+        for message in messages
+    ]
+    return "".join(turns) + "Assistant:"
+
+
+class ChatWriter:
+    """The tokenizer's chat template.
+
+    Raises:
+        UserError: the template does not write a prompt as the beginning of a prompt with its response.
+    """
+
+    def __init__(self, codec: Codec, tokenizer: PreTrainedTokenizerBase, *, stop: str, system: str | None) -> None:
+        self.codec, self.tokenizer, self.system = codec, tokenizer, system
+        asked: list[Message] = [{"role": "user", "content": PROBE}]
+        prompt, whole = self.write(asked, answer=None), self.write(asked, answer=PROBE)
+        if not whole.startswith(prompt) or PROBE not in whole[len(prompt) :]:
+            raise UserError(
+                "the chat template writes a prompt that is not the beginning of the prompt with its response: "
+                f"{shown(prompt)} against {shown(whole)}. Give the model's tokenizer a template in which it is, "
+                "or set data.template=text."
+            )
+        self.end = whole[whole.rindex(PROBE) + 1 :]
+        special = codec.specials.search(self.end)
+        self.stop = self.end[: special.end()] if special else stop
+        self.after_prompt = prompt[prompt.rindex(PROBE) + 1 :]
+
+    @property
+    def header(self) -> str:
+        return self.codec.delimit(self.after_prompt)
+
+    def write(self, messages: Sequence[Message], *, answer: str | None) -> str:
+        turns = [dict[str, str](role=turn["role"], content=turn["content"]) for turn in messages]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
+        try:
+            written = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise RowError(f"the chat template refuses a dialogue of {roles}: {error}") from error
+        assert isinstance(written, str)
+        return written
+
+    def render(self, record: Record) -> Rendered:
+        escape, delimit = self.codec.escape, self.codec.delimit
+        messages: list[Message]
+        if isinstance(record.prompt, str):
+            messages = [{"role": "user", "content": escape(record.prompt)}]
+        else:
+            messages = [{"role": turn["role"], "content": escape(turn["content"])} for turn in record.prompt]
+        if self.system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": escape(self.system)})
+        prompt = self.write(messages, answer=None)
+        responses = []
+        for response in record.responses:
+            whole = self.write(messages, answer=escape(response))
+            if not whole.startswith(prompt) or not whole.endswith(self.end):
+                raise RowError(
+                    f"the chat template writes a prompt that is no prefix of prompt and response: "
+                    f"{shown(prompt)} against {shown(whole)}"
+                )
+            text = whole[len(prompt) : len(whole) - len(self.end)]
+            responses.append(delimit(text + self.stop))
+        return Rendered(delimit(prompt), tuple(responses))
+
+
+def shown(text: str, most: int = 80) -> str:
+    """The end of a text, for a message."""
+    text = text.replace(PROBE, "…")
+    return repr(text if len(text) <= most else "…" + text[-most:])
+
+
+class Template:
+    """From records to token ids.
+
+    Args:
+        template: chat, text, or auto for chat where the tokenizer has a chat template.
+        system: a system message for dialogues without one.
+
+    Raises:
+        UserError: the tokenizer cannot be used this way.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, template: TemplateName, system: str | None) -> None:
+        if template == "chat" and not tokenizer.chat_template:
+            raise UserError(
+                "data.template=chat, but the model's tokenizer has no chat template. Use data.template=text."
+            )
+        eos = tokenizer.eos_token
+        if eos is None:
+            raise UserError("the model's tokenizer has no end-of-sequence token: a response could not end.")
+        self.codec = Codec(tokenizer)
+        self.name = "chat" if tokenizer.chat_template and template != "text" else "text"
+        self.writer: Writer = (
+            ChatWriter(self.codec, tokenizer, stop=str(eos), system=system)
+            if self.name == "chat"
+            else TextWriter(self.codec, stop=str(eos), system=system)
+        )
+        first = backend_of(tokenizer).encode("a").ids[:1]
+        self.bos = first[0] if first == [tokenizer.bos_token_id] else None
+        self.header_tokens = len(self.codec.encode_after(ANCHOR, self.writer.header))
+
+    def tokenise(self, records: Sequence[Record]) -> list[Tokenised | RowError]:
+        """The token ids of records, in order; a RowError in the place of one that the template cannot write."""
+        rendered: list[Rendered | RowError] = []
+        for record in records:
+            try:
+                rendered.append(self.writer.render(record))
+            except RowError as error:
+                rendered.append(error)
+        prompts = self.codec.encode([one.prompt for one in rendered if isinstance(one, Rendered)])
+        # Nothing before the last special token has a say in what follows it.
+        contexts = [
+            one.prompt[self.codec.last_delimiter(one.prompt) :] for one in rendered if isinstance(one, Rendered)
+        ]
+        good = [one for one in rendered if isinstance(one, Rendered)]
+        continued = iter(
+            self.codec.encode(
+                [context + text for context, one in zip(contexts, good, strict=True) for text in one.responses]
+            )
+        )
+        made: list[Tokenised] = []
+        for context, one, prompt in zip(contexts, good, prompts, strict=True):
+            responses = []
+            for text in one.responses:
+                whole = next(continued)
+                border = whole.border(len(context))
+                responses.append(self.codec.encode_after(context, text) if border is None else whole.ids[border:])
+            made.append(Tokenised(self.begun(prompt.ids), tuple(responses)))
+        rest = iter(made)
+        return [one if isinstance(one, RowError) else next(rest) for one in rendered]
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """`ids` with the one begin-of-sequence token that the tokenizer puts."""
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def shortened(self, prompt: list[int], most: int) -> list[int] | None:
+        """The end of a prompt, behind its begin-of-sequence token; None where the template's own tokens fill it."""
+        begin = prompt[:1] if self.bos is not None else []
+        room = most - len(begin)
+        return begin + prompt[-room:] if room > self.header_tokens else None
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all in a tokenizer that decides ids."""
+    backend = backend_of(tokenizer)
+    special: Mapping[str, object] = tokenizer.special_tokens_map
+    parts = [backend.to_str(), json.dumps(tokenizer.chat_template), json.dumps({k: str(v) for k, v in special.items()})]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
