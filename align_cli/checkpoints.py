@@ -129,7 +129,11 @@ class Checkpoints:
             if distributed.rank() == 0:
                 self._commit(step, folder, final, sorted(files))
         if distributed.rank() == 0:
-            self._remove_older(step)
+            try:
+                _point_to(final, step)
+                self._remove_older(step)
+            except OSError as error:  # the checkpoint is committed: what is left undone is done at the next start
+                terminal.warn(f"{final} is saved, and tidying up beside it failed: {error}")
 
     @contextlib.contextmanager
     def _together(self, step: int, folder: Path) -> Iterator[None]:
@@ -169,7 +173,6 @@ class Checkpoints:
         folder.rename(final)
         fsync_folder(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        _point_to(final, step)
 
     def _remove_older(self, step: int) -> None:
         """Keep the newest ones up to `step`. Later ones are damaged: a run starts from the newest that is whole."""
@@ -177,11 +180,8 @@ class Checkpoints:
         kept = [number for number in steps if number <= step][-self.keep :]
         for number in set(steps) - set(kept):
             doomed = self.folder / f"{_name(number)}.tmp"
-            try:
-                (self.folder / _name(number)).rename(doomed)
-                shutil.rmtree(doomed)
-            except OSError as error:  # the new checkpoint is committed: an old one that stays only takes room
-                terminal.warn(f"{doomed} could not be removed: {error}")
+            (self.folder / _name(number)).rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def _name(step: int) -> str:
