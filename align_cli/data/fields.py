@@ -68,8 +68,9 @@ def kind(value: object) -> str:
 
 def is_dialogue(value: object) -> bool:
     """Whether a value is a list of messages."""
-    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    return listed and len(value) > 0 and all(isinstance(turn, Mapping) for turn in value)
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        return False
+    return len(value) > 0 and all(isinstance(turn, Mapping) for turn in value)
 
 
 def messages(value: object, what: str) -> tuple[Message, ...]:

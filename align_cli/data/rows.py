@@ -237,7 +237,7 @@ def from_saved(folder: Path, split: str) -> Rows:
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise UserError(f"{folder} has no split '{split}' (data.split): it has {', '.join(saved)}.")
+            raise UserError(f"{folder} has no split '{split}' (data.split): it has {', '.join(map(str, saved))}.")
         part, files = saved[split], folder / split
     else:
         part, files = saved, folder

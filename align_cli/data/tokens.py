@@ -73,7 +73,8 @@ class Encoded:
         """The first token that starts at or after a character; None if a token reaches across it."""
         at = self.encoding.char_to_token(position)
         if at is not None:
-            return at if self.encoding.token_to_chars(at)[0] >= position else None
+            start, _ = self.encoding.token_to_chars(at) or (position, position)
+            return at if start >= position else None
         # A character in no token, such as a space that the tokenizer drops.
         return next((at for at, (start, _) in enumerate(self.encoding.offsets) if start >= position), len(self.ids))
 
@@ -108,16 +109,14 @@ class Codec:
         self.backend.encode_special_tokens = True
 
         added = {token.content: token for token in backend.get_added_tokens_decoder().values() if token.special}
-        named = {
-            token: AddedToken(token) for token in tokenizer.all_special_tokens if backend.token_to_id(token) is not None
-        }
+        named = {text: AddedToken(text) for text in tokenizer.all_special_tokens}
         specials = named | added
         self.stand_in = {text: chr(STAND_IN + index) for index, text in enumerate(specials)}
         self.escape_of = {text: chr(ESCAPE + index) for index, text in enumerate(specials)}
         self.text_of = {ESCAPE + index: text for index, text in enumerate(specials)}
         self.backend.add_tokens([standing(self.stand_in[text], token) for text, token in specials.items()])
         self.backend.add_tokens([AddedToken(ANCHOR, special=False, normalized=False)])
-        self.id_of = {self.backend.token_to_id(self.stand_in[text]): backend.token_to_id(text) for text in specials}
+        self.id_of = {number(self.backend, self.stand_in[text]): number(backend, text) for text in specials}
         longest_first = sorted(specials, key=len, reverse=True)
         self.specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.private = re.compile(f"[{chr(STAND_IN)}-{ANCHOR}{chr(ESCAPE)}-{PROBE}]")
@@ -169,6 +168,14 @@ def standing(character: str, token: AddedToken) -> AddedToken:
         normalized=False,
         special=False,
     )
+
+
+def number(backend: Tokenizer, token: str) -> int:
+    """The id of a token. Raises UserError where there is none."""
+    found = backend.token_to_id(token)
+    if found is None:
+        raise UserError(f"the tokenizer names a special token {token!r} that is not in its vocabulary.")
+    return found
 
 
 class Writer(Protocol):
