@@ -21,6 +21,7 @@ GLOSSARY = {
     # given by the source
     "ratings": "(B, K) the data's scalar for each response, as it stands in the data",
     "lengths": "(B, K) response tokens, stop token included",
+    "batch": "the micro-batch itself: token ids and layout, for producers that run a model",
     "mask": "(B, K, T) 1 on response tokens, 0 beyond a response's end",
     # made
     "rewards": "(B, K) r(x, y_k), the ratings after the `reward` group",

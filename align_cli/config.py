@@ -92,17 +92,6 @@ def refuse_code(overrides: Sequence[str]) -> None:
             raise UserError(f"{override}: only plain references such as ${{algo.alpha}} are taken, no resolvers.")
 
 
-def refuse_code_in(tree: Mapping[str, Any], where: str) -> None:
-    """Refuse a configuration that was read back from a file and names code to run.
-
-    Raises:
-        UserError: it holds `_target_`, a `hydra` node, or an interpolation.
-    """
-    if "hydra" in tree:
-        raise UserError(f"{where}: holds a 'hydra' node, which could run code.")
-    _refuse_resolvers(tree, where)
-
-
 def _refuse_resolvers(node: Any, where: str) -> None:
     if isinstance(node, Mapping):
         for key, value in node.items():

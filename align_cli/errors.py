@@ -1,4 +1,4 @@
-"""The error that is the user's to mend."""
+"""The errors that a command ends with on purpose."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Commands print it as one line and end with exit code 2.
     """
+
+
+class Stopped(Exception):
+    """A signal asked a run to stop; it has saved and can be resumed."""

@@ -126,7 +126,7 @@ class MicroBatch:
         slot: (N,) its place in the response.
         ratings: (B, K).
         lengths: (B, K) tokens of each response.
-        groups: (B,) index in the store.
+        groups: the B groups themselves.
         counted: False for a part that only keeps step with other ranks.
     """
 
@@ -139,7 +139,7 @@ class MicroBatch:
     slot: Tensor
     ratings: Tensor
     lengths: Tensor
-    groups: tuple[int, ...]
+    groups: tuple[Group, ...]
     counted: bool = True
 
     @property
@@ -191,6 +191,6 @@ def flatten(groups: Sequence[Group], *, counted: bool = True) -> MicroBatch:
         slot=torch.from_numpy(np.concatenate(slots).astype(np.int64)),
         ratings=torch.from_numpy(np.stack([group.ratings for group in groups]).astype(np.float32)),
         lengths=torch.from_numpy(lengths),
-        groups=tuple(group.index for group in groups),
+        groups=tuple(groups),
         counted=counted,
     )

@@ -3,14 +3,21 @@
 Policy, reference and evaluation all go through `measure`, so they cannot be computed differently.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from align_cli.data.batches import MicroBatch, flatten
@@ -33,16 +40,16 @@ class Model:
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, as it is saved beside the weights."""
-    _refuse_remote_code(model)
+    read_architecture(model)
     try:
         return AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={model.path}: no tokenizer can be read: {_first_line(error)}") from error
 
 
-def load_model(model: Model, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrainedModel:
     """The model with its weights from safetensors, without dropout, on flat rows where it can take them."""
-    config = _refuse_remote_code(model)
+    config = read_architecture(model)
     _refuse_pickles(model.path)
     attention.register()
     implementation = attention.NAME if takes_flat_rows(config) and model.rows != "padded" else None
@@ -55,10 +62,15 @@ def load_model(model: Model, *, dtype: torch.dtype) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=implementation,
+            quantization_config=_nf4(dtype) if bits == 4 else None,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={model.path}: the weights cannot be read: {_first_line(error)}") from error
     return silence_dropout(network)
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def takes_flat_rows(config: Any) -> bool:
@@ -140,8 +152,6 @@ def _padded_logits(network: nn.Module, batch: MicroBatch) -> Tensor:
 @torch.no_grad()
 def flat_rows_error(network: nn.Module, vocabulary: int, device: torch.device) -> float:
     """Largest difference in nats per token between flat rows and padded sequences, on a group of three responses."""
-    import numpy as np
-
     generator = np.random.default_rng(0)
     lengths = (5, 4, 7)
     group = Group(
@@ -149,6 +159,7 @@ def flat_rows_error(network: nn.Module, vocabulary: int, device: torch.device) -
         prompt=generator.integers(0, vocabulary, 9).astype(np.int32),
         responses=tuple(generator.integers(0, vocabulary, length).astype(np.int32) for length in lengths),
         ratings=np.zeros(3, dtype=np.float32),
+        where="self-test",
     )
     batch = flatten([group]).to(device)
     try:
@@ -159,7 +170,8 @@ def flat_rows_error(network: nn.Module, vocabulary: int, device: torch.device) -
     return float((flat - padded).abs().max())
 
 
-def _refuse_remote_code(model: Model) -> Any:
+def read_architecture(model: Model) -> Any:
+    """The model's transformers configuration, never running code that comes with it."""
     try:
         config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -181,8 +193,3 @@ def _refuse_pickles(path: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def move(columns: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The same columns on another device."""
-    return {name: column.to(device) for name, column in columns.items()}

@@ -1,0 +1,72 @@
+"""`align`: one word for what to do, then Hydra's overrides or that command's own arguments.
+
+Nothing heavy is imported until a command needs it.
+"""
+
+import importlib
+import sys
+
+from align_cli import exits, terminal
+from align_cli.config import did_you_mean
+from align_cli.errors import UserError
+
+USAGE = """align: language-model alignment experiments
+
+  align train [key=value ...]        train; without arguments: NCA on the embedded world
+  align train -m algo=nca,dpo ...    every combination, each a run of its own
+  align plan [key=value ...]         what a run would do: columns, steps, memory; loads nothing
+  align data show [key=value ...]    a tokenised example, with what is trained on
+  align ls [GROUP]                   algorithms, models, datasets, recipes, runs
+  align show NAME                    a recipe, a group's YAML, or a run
+  align cp NAME DEST                 copy a recipe or a YAML to make it your own
+  align export RUN DEST              a run's model as a Hugging Face folder, adapters merged
+  align doctor                       versions, devices, what works here
+
+options of train, plan and data show:
+  -m, --multirun       run every combination of comma-separated values (train)
+  --config-dir DIR     more groups of your own: DIR/algo/mine.yaml
+  --cfg                print the composed configuration and stop
+
+exit codes: 0 done, 1 failure, 2 a mistake in what was given, 75 stopped by a signal and resumable
+"""
+
+
+def main() -> None:
+    """The console script `align`."""
+    sys.exit(exits.guarded(lambda: dispatch(sys.argv[1:])))
+
+
+def dispatch(argv: list[str]) -> int:
+    """Run the command that `argv` names; returns its exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        terminal.result(USAGE.rstrip())
+        return exits.DONE
+    if argv[0] in ("-V", "--version", "version"):
+        from align_cli import __version__
+
+        terminal.result(f"align {__version__}")
+        return exits.DONE
+    if argv[0] == "-sc":
+        return importlib.import_module("align_cli.commands.completion").main(argv[1:])
+    name = argv[0]
+    if name not in COMMANDS:
+        raise UserError(f"{name}: no such command.{did_you_mean(name, list(COMMANDS))} See align --help.")
+    command = importlib.import_module(f"align_cli.commands.{COMMANDS[name]}")
+    return command.main(argv if COMMANDS[name] == "listing" else argv[1:])
+
+
+# The module of each command; its `main` takes the arguments and returns the exit code.
+COMMANDS = {
+    "train": "train",
+    "plan": "plan",
+    "data": "data",
+    "ls": "listing",
+    "show": "listing",
+    "cp": "listing",
+    "export": "export",
+    "doctor": "doctor",
+}
+
+
+if __name__ == "__main__":
+    main()

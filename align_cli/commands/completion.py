@@ -1,0 +1,61 @@
+"""Shell completion: `eval "$(align -sc install=bash)"` once, then TAB completes commands, groups and keys."""
+
+import os
+
+from align_cli import exits, terminal
+from align_cli.config import group_names
+from align_cli.errors import UserError
+
+BASH = """_align_completion() {
+    COMPREPLY=($(COMP_LINE="${COMP_LINE:0:$COMP_POINT}" align -sc query=bash))
+    [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -F _align_completion align
+"""
+
+
+def main(argv: list[str]) -> int:
+    """`-sc install=bash` prints what to evaluate; `-sc query=bash` answers for COMP_LINE."""
+    if argv == ["install=bash"]:
+        terminal.result(BASH.rstrip())
+        return exits.DONE
+    if argv == ["query=bash"]:
+        terminal.result("\n".join(complete(os.environ.get("COMP_LINE", ""))))
+        return exits.DONE
+    raise UserError('completion: eval "$(align -sc install=bash)" would be right.')
+
+
+def complete(line: str) -> list[str]:
+    """What may stand where the line ends."""
+    from align_cli.cli import COMMANDS
+
+    words = line.split()
+    word = "" if line.endswith(" ") or not words else words[-1]
+    before = words if word == "" else words[:-1]
+    if len(before) <= 1:
+        return [name for name in COMMANDS if name.startswith(word)]
+    command = before[1]
+    groups = group_names()
+    if command in ("show", "cp", "ls"):
+        names = list(groups) if command == "ls" else [f"{g}/{o}" for g, options in groups.items() for o in options]
+        return [name for name in names if name.startswith(word)]
+    if command not in ("train", "plan", "data"):
+        return []
+    group, equals, choice = word.partition("=")
+    if equals:
+        done, _, last = choice.rpartition(",")
+        lead = f"{group}={done}," if done else f"{group}="
+        return [f"{lead}{option}" for option in groups.get(group, []) if option.startswith(last)]
+    return [f"{name}=" for name in [*groups, *keys()] if name.startswith(word)]
+
+
+def keys() -> list[str]:
+    """The keys of the default configuration, with dots."""
+    import yaml
+
+    from align_cli import paths
+
+    tree = yaml.safe_load((paths.conf() / "train.yaml").read_text(encoding="utf-8"))
+    sections = {name: value for name, value in tree.items() if isinstance(value, dict)}
+    return [f"{section}.{key}" for section, values in sections.items() for key in values]

@@ -1,0 +1,35 @@
+"""Exit codes, and how an error becomes one."""
+
+import os
+from collections.abc import Callable
+
+from align_cli import terminal
+from align_cli.errors import Stopped, UserError
+
+DONE = 0
+FAILED = 1
+USER = 2
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, run the same command again to go on
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command; a user's mistake is one line, everything unexpected keeps its traceback.
+
+    Returns:
+        What the command returns, or the code of the error.
+    """
+    try:
+        return command()
+    except UserError as mistake:
+        for line in str(mistake).splitlines():
+            terminal.error(line)
+        return USER
+    except Stopped as stopped:
+        terminal.say(f"{stopped}; the same command goes on from there")
+        return STOPPED
+    except KeyboardInterrupt:
+        terminal.say("interrupted")
+        return STOPPED
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.close(1)
+        return DONE

@@ -1,0 +1,358 @@
+"""An experiment: the checked configuration, its parts, and the combinations that have no meaning."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from align_cli import columns, config
+from align_cli.config import Tree
+from align_cli.data.options import Data
+from align_cli.engine import EngineOptions, Optimizer
+from align_cli.errors import UserError
+from align_cli.models.adapters import Adapter
+from align_cli.models.causal import Model
+from align_cli.preferences import strict_pairs
+from align_cli.ranges import Count, Fraction, Positive, WholeNumber
+from align_cli.tracking import Track
+from align_cli.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The `train` section: how long and how fast."""
+
+    steps: Count | None
+    epochs: Count
+    prompts: Count
+    lr: Positive
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_ratio: Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The `checkpoint` section."""
+
+    every: Count
+    keep: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """The `eval` section."""
+
+    every: Count | None
+    groups: WholeNumber
+    samples: Count
+    prompts: WholeNumber
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The `run` section."""
+
+    dir: str
+    seed: WholeNumber
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The `launch` section."""
+
+    name: Literal["local", "prepare"]
+    devices: Count | None
+    accelerator: Literal["auto", "cpu", "gpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The `reference` section."""
+
+    name: Literal["cached", "frozen", "adapter"]
+    path: str | None
+
+
+Loss = Callable[..., Tensor]
+
+SECTIONS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "optimizer": Optimizer,
+    "checkpoint": Checkpoint,
+    "eval": Eval,
+    "run": Run,
+    "launch": Launch,
+    "data": Data,
+    "model": Model,
+    "adapter": Adapter,
+    "engine": EngineOptions,
+}
+GIVEN = ("ratings", "lengths", "mask", "batch", *columns.POLICY)
+MADE = ("rewards", "pairs", "reference", "mismatch_kl")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run needs to know, from a configuration that was checked.
+
+    Attributes:
+        tree: the configuration itself.
+        loss: the algorithm, a function of columns.
+        at_reference: the exact value of the loss while the policy is the reference, a function of columns; None
+            for a loss without a reference.
+        reward: makes `rewards`.
+        beta: the scale of implicit rewards; 1 where the algorithm has none.
+        made: the columns to produce, in order.
+    """
+
+    tree: Tree
+    train: Train
+    optimizer: Optimizer
+    checkpoint: Checkpoint
+    eval: Eval
+    run: Run
+    launch: Launch
+    data: Data
+    model: Model
+    adapter: Adapter
+    engine: EngineOptions
+    track: Track
+    reference: Reference
+    world: World | None
+    loss: Loss
+    at_reference: Loss | None
+    reward: Loss
+    beta: float
+    made: tuple[str, ...]
+
+    @property
+    def algorithm(self) -> str:
+        """The name of the loss."""
+        return self.tree["algo"]["name"]
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether the loss compares two responses, so that a prompt without a strict preference teaches nothing."""
+        return "pairs" in self.made
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the loss is an average over response tokens and not over prompts."""
+        return "policy_tokens" in columns.asked(self.loss)
+
+
+def read(tree: Tree) -> Experiment:
+    """Check a composed configuration and build its parts; nothing is loaded.
+
+    Raises:
+        UserError: all that is wrong with it, a sentence for each problem.
+    """
+    problems: list[str] = []
+    problems += _unknown_sections(tree)
+    track = _find(tree, "track", "align_cli.tracking", problems)
+    if track is not None:
+        problems += config.check(track, _options(tree["track"]), "track")
+    for name, target in SECTIONS.items():
+        if name not in tree:
+            problems.append(f"{name} is missing.")
+        else:
+            problems += config.check(target, tree[name], name)
+    reference = {"path": None, **_section(tree, "reference")}
+    problems += config.check(Reference, reference, "reference")
+    if tree.get("world") is not None:
+        problems += config.check(World, tree["world"], "world")
+    if tree.get("source") != {"name": "dataset"}:
+        problems.append(f"source={tree.get('source')}: source=dataset would be right.")
+    if tree.get("resume") not in ("auto", "never"):
+        problems.append(f"resume={tree.get('resume')}: auto or never would be right.")
+
+    loss = _find(tree, "algo", "align_cli.losses", problems)
+    divergence = _find(tree, "divergence", "align_cli.divergences", problems) if tree.get("divergence") else None
+    reward = _find(tree, "reward", "align_cli.rewards", problems)
+    if loss is not None:
+        injected = [name for name in ("divergence",) if name in config.options(loss)]
+        problems += config.check(loss, _options(tree["algo"]), "algo", injected=injected)
+    if divergence is not None:
+        problems += config.check(divergence, _options(tree["divergence"]), "divergence")
+    if reward is not None:
+        problems += config.check(reward, _options(tree["reward"]), "reward")
+    if problems or loss is None or reward is None or track is None:
+        raise UserError("\n".join(problems))
+
+    sections = {name: config.build(target, tree[name]) for name, target in SECTIONS.items()}
+    link = None if divergence is None else config.build(divergence, _options(tree["divergence"]))
+    takes_divergence = "divergence" in config.options(loss)
+    problems += _meaningless(tree, loss, link)
+    problems += _meaningless_settings(sections, tree)
+    if problems:
+        raise UserError("\n".join(problems))
+
+    given = {"divergence": link} if takes_divergence else {}
+    built_loss = config.build(loss, _options(tree["algo"]), **given)
+    exact = vars(importlib.import_module(loss.__module__)).get("at_reference")
+    built_reward = config.build(reward, _options(tree["reward"]))
+    producers = {name: _placeholder(name, built_reward) for name in MADE}
+    return Experiment(
+        tree=tree,
+        loss=built_loss,
+        at_reference=None if exact is None else config.build(exact, _options(tree["algo"]), **_only(exact, given)),
+        reward=built_reward,
+        beta=float(tree["algo"]["beta"]) if "beta" in tree["algo"] else 1.0,
+        made=tuple(columns.plan(columns.asked(built_loss), GIVEN, producers)),
+        reference=config.build(Reference, reference),
+        track=config.build(track, _options(tree["track"])),
+        world=None if tree.get("world") is None else config.build(World, tree["world"]),
+        **sections,
+    )
+
+
+def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = tree.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _options(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section without the name that chooses its function."""
+    return {key: value for key, value in section.items() if key != "name"}
+
+
+def _only(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name in config.options(function)}
+
+
+def _placeholder(name: str, reward: Loss) -> Loss:
+    """A producer's signature, for planning: what makes a column, not how."""
+    if name == "rewards":
+        return reward
+    if name == "pairs":
+        return strict_pairs
+    return lambda: torch.empty(0)
+
+
+def _find(tree: Tree, group: str, module: str, problems: list[str]) -> Callable[..., Any] | None:
+    section = _section(tree, group)
+    if "name" not in section:
+        problems.append(f"{group}.name is missing: choose {group}=<name>.")
+        return None
+    try:
+        return config.find(module, section["name"], group)
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def _unknown_sections(tree: Tree) -> list[str]:
+    known = [*SECTIONS, "track", "reference", "world", "source", "resume", "algo", "divergence", "reward"]
+    return [f"{key}: no such key.{config.did_you_mean(key, known)}" for key in tree if key not in known]
+
+
+def _meaningless(tree: Tree, loss: Loss, link: Any) -> list[str]:
+    """Combinations of algorithm, divergence, reward and data that compute nothing."""
+    algorithm, reward, data = tree["algo"]["name"], tree["reward"]["name"], tree["data"]
+    asked = columns.asked(loss)
+    problems: list[str] = []
+    if link is not None and "divergence" not in config.options(loss):
+        problems.append(
+            f"algo={algorithm} divergence={tree['divergence']['name']}: {algorithm} has no divergence to choose. "
+            "f-DPO's βf'(π/π_ref) leaves a term of the prompt alone that only differences of two responses cancel; "
+            "algo=f_dpo takes a divergence."
+        )
+    if link is None and "divergence" in config.options(loss):
+        problems.append(f"algo={algorithm} needs a divergence: divergence=reverse_kl, forward_kl, js or alpha.")
+    if link is not None and "divergence" in config.options(loss) and not link.links:
+        problems.append(
+            f"algo={algorithm} divergence={tree['divergence']['name']}: its f' is finite at 0, so the optimal policy "
+            "may leave responses out and the reward is no function of π/π_ref."
+        )
+    if "pairs" in asked and data["pairs"] is None and data["responses"] != 2:
+        given = data["responses"] if data["responses"] is not None else "every response"
+        problems.append(
+            f"algo={algorithm} compares two responses; data.responses={given}. Choose data.pairs=best_random, "
+            "best_worst or all (each response is scored once), or data.responses=2."
+        )
+    if "pairs" in asked and reward == "smoothed":
+        problems.append(
+            f"algo={algorithm} reward=smoothed: {algorithm} sees only which response is preferred. Its own smoothing "
+            "is algo=cdpo or algo=robust_dpo."
+        )
+    if "policy_tokens" in asked and "pairs" not in asked and "rewards" not in asked and data["responses"] != 1:
+        problems.append(
+            f"algo={algorithm} learns one response of each prompt; data.responses={data['responses']}. "
+            "data.responses=1 keeps the best."
+        )
+    if "rewards" in asked and data["responses"] == 1 and "mismatch_kl" not in asked:
+        problems.append(f"algo={algorithm} compares the responses of a prompt; data.responses=1 leaves it nothing.")
+    if algorithm == "exo" and reward == "hard":
+        problems.append(
+            "algo=exo reward=hard: a label of 0 makes the reverse KL infinite. Use reward=smoothed, as EXO-pref does."
+        )
+    return problems
+
+
+def _meaningless_settings(sections: Mapping[str, Any], tree: Tree) -> list[str]:
+    """Combinations of machine, model and method that cannot run."""
+    launch, engine, adapter = sections["launch"], sections["engine"], sections["adapter"]
+    problems: list[str] = []
+    if engine.name == "torch" and launch.devices is not None and launch.devices > 1:
+        problems.append(
+            f"engine=torch launch.devices={launch.devices}: plain PyTorch runs in one process. "
+            "Use engine=zero0, zero1, zero2 or zero3."
+        )
+    if adapter.bits is not None and engine.name == "zero3":
+        problems.append("adapter=qlora engine=zero3: 4-bit weights cannot be partitioned. Use engine=zero2.")
+    if tree["reference"]["name"] == "adapter" and adapter.rank is None:
+        problems.append("reference=adapter switches adapters off; there are none. Use adapter=lora or reference=cached.")
+    if (adapter.rank is None) != (adapter.scale is None) or (adapter.rank is None) != (adapter.targets is None):
+        problems.append("adapter: rank, scale and targets belong together; adapter=lora sets them.")
+    if len(sections["optimizer"].betas) != 2:
+        problems.append(f"optimizer.betas={sections['optimizer'].betas}: two numbers would be right.")
+    if any(beta == 1 for beta in sections["optimizer"].betas):
+        problems.append(f"optimizer.betas={sections['optimizer'].betas}: a decay of 1 never forgets; below 1 is right.")
+    if "world" in (tree["model"]["path"], tree["data"]["path"]) and tree.get("world") is None:
+        problems.append("data=toy comes from the embedded world, which model=tiny brings; add world=addition.")
+    return problems
+
+
+def needs_gpu(experiment: Experiment) -> list[str]:
+    """What the experiment asks for that only a GPU has, where there is none."""
+    if torch.cuda.is_available():
+        return []
+    problems: list[str] = []
+    if experiment.launch.accelerator == "gpu":
+        problems.append("launch.accelerator=gpu: this machine has no GPU that PyTorch can use. Use auto or cpu.")
+    if experiment.adapter.bits is not None:
+        problems.append("adapter=qlora: 4-bit weights need a GPU; this machine has none. Use adapter=lora.")
+    return problems
+
+
+def devices(experiment: Experiment) -> int:
+    """How many ranks the run has."""
+    if experiment.launch.devices is not None:
+        return experiment.launch.devices
+    on_gpu = experiment.launch.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.cuda.device_count() if on_gpu and experiment.engine.name != "torch" else 1
+
+
+def column_makers(experiment: Experiment) -> dict[str, str]:
+    """Who makes each column that the loss needs, for the plan."""
+    tree = experiment.tree
+    makers = {
+        "rewards": f"reward={tree['reward']['name']}",
+        "pairs": f"strict preferences of the rewards (data.pairs={tree['data']['pairs']})",
+        "reference": f"reference={tree['reference']['name']}",
+        "mismatch_kl": f"policy and reference={tree['reference']['name']} on mismatched prompts and responses",
+    }
+    asked = columns.asked(experiment.loss)
+    table = {name: "the policy, with gradient" for name in asked if name in columns.POLICY}
+    table |= {name: f"data={tree['data']['name']}" for name in ("ratings", "lengths", "mask") if name in asked}
+    if "rewards" in experiment.made:
+        table["ratings"] = f"data={tree['data']['name']}"
+    return table | {name: makers[name] for name in experiment.made}
+
+
+def producers(experiment: Experiment) -> dict[str, Loss]:
+    """The functions that make columns out of columns, by the column's name."""
+    return {"rewards": experiment.reward, "pairs": strict_pairs}

@@ -1,0 +1,236 @@
+"""From a composed configuration to running ranks: check, claim the directory, prepare, start.
+
+Composition happens once, here. Ranks read the resolved file in the run directory, so they cannot disagree about it,
+and that file alone repeats or resumes the run.
+"""
+
+import datetime
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from align_cli import distributed, experiment, exits, rundir, terminal
+from align_cli.checkpoints import committed
+from align_cli.config import Tree
+from align_cli.errors import UserError
+from align_cli.experiment import Experiment
+from align_cli.run import Prepared, prepare, run
+
+# What may differ between a run and its resumption: it does not change what is computed.
+FREE = ("resume", "track", "checkpoint", "run.dir", "launch.name")
+GRACE = 25.0  # seconds that ranks have to save after a signal, before they are killed
+
+
+def launch(tree: Tree, command: Sequence[str]) -> int:
+    """Start or resume the run that the configuration describes.
+
+    Args:
+        tree: composed and resolved.
+        command: the arguments as the user gave them, for the record.
+
+    Returns:
+        An exit code.
+
+    Raises:
+        UserError: before anything is loaded or overwritten.
+    """
+    if tree["run"]["dir"] is None:
+        tree["run"]["dir"] = default_dir(tree)
+    checked = experiment.read(tree)
+    problems = experiment.needs_gpu(checked)
+    if problems:
+        raise UserError("\n".join(problems))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        raise UserError(
+            "align train starts its ranks itself; under torchrun or srun, prepare the run with launch=prepare and "
+            "start `python -m align_cli.worker RUN`."
+        )
+    run_dir = Path(checked.run.dir)
+    claimable(run_dir)
+    with rundir.lock(run_dir):
+        if finished(checked, run_dir):
+            return exits.DONE
+        prepared = prepare(checked)
+        rundir.write_config(run_dir, tree)
+        ranks = experiment.devices(checked)
+        device = distributed.local_device(checked.launch.accelerator)
+        rundir.write_env(run_dir, device=str(device.type), ranks=ranks, command=command)
+        if checked.launch.name == "prepare":
+            terminal.result(f"prepared {run_dir} for {ranks} rank(s). On each node, with its own addresses:")
+            terminal.result(f"  torchrun --nnodes=N --nproc-per-node=M ... -m align_cli.worker {run_dir}")
+            return exits.DONE
+        code = inline(prepared, run_dir) if ranks == 1 else spawn(run_dir, ranks)
+    if code == exits.DONE:
+        conclude(run_dir)
+    return code
+
+
+def default_dir(tree: Tree) -> str:
+    """runs/<time>-<algo>-<model>-<data>, a name that no earlier run has."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    names = [str(tree[group].get("name")) if isinstance(tree.get(group), dict) else group for group in _NAMED]
+    return str(Path("runs") / "-".join([now, *names]))
+
+
+_NAMED = ("algo", "model", "data")
+
+
+def claimable(run_dir: Path) -> None:
+    """Refuse a folder that holds something else than a run."""
+    if not rundir.is_empty(run_dir) and not (run_dir / rundir.CONFIG).is_file():
+        raise UserError(f"run.dir={run_dir} is not empty and holds no run. Choose a new folder.")
+
+
+def finished(checked: Experiment, run_dir: Path) -> bool:
+    """Whether the directory holds this run already, finished; an unfinished one is checked for resumption.
+
+    Raises:
+        UserError: it holds another run, or one that may not or cannot be resumed.
+    """
+    if not (run_dir / rundir.CONFIG).is_file():
+        return False
+    if checked.tree["resume"] == "never":
+        raise UserError(f"run.dir={run_dir} holds a run already. Use resume=auto to go on with it, or a new folder.")
+    changed = rundir.differences(rundir.read_config(run_dir), checked.tree, ignore=FREE)
+    if changed:
+        raise UserError(
+            f"run.dir={run_dir} holds a run with another configuration: {'; '.join(changed)}. "
+            "Give the same configuration to resume it, or a new folder."
+        )
+    if rundir.read_summary(run_dir) is not None:
+        terminal.result(f"{run_dir} is finished already")
+        return True
+    for checkpoint in committed(run_dir / "checkpoints")[:1]:
+        ranks = experiment.devices(checked)
+        if checkpoint.ranks != ranks:
+            raise UserError(
+                f"run.dir={run_dir}: its checkpoints are of {checkpoint.ranks} rank(s), launch.devices gives {ranks}. "
+                f"Resume with launch.devices={checkpoint.ranks}."
+            )
+    return False
+
+
+def inline(prepared: Prepared, run_dir: Path) -> int:
+    """Run in this process, alone."""
+    checked = prepared.experiment
+    if checked.engine.stage is not None:
+        distributed.join(distributed.local_device(checked.launch.accelerator))
+    try:
+        run(prepared, run_dir)
+    finally:
+        distributed.leave()
+    return exits.DONE
+
+
+def spawn(run_dir: Path, ranks: int) -> int:
+    """Start a process for each rank on this machine and wait; rank 0 speaks, the others write into RUN/ranks/.
+
+    Returns:
+        0 if all ranks ended well, else the first failing rank's code; the other ranks are then stopped.
+    """
+    logs = run_dir / "ranks"
+    logs.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks))),
+    }
+    processes: list[subprocess.Popen[bytes]] = []
+    for rank in range(ranks):
+        with open(logs / f"rank_{rank}.log", "wb") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "align_cli.worker", str(run_dir)],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=None if rank == 0 else log,
+                    stderr=None if rank == 0 else log,
+                    start_new_session=True,
+                )
+            )
+    code = _wait(processes)
+    if code not in (exits.DONE, exits.STOPPED):
+        for rank, process in enumerate(processes):
+            tail = (logs / f"rank_{rank}.log").read_text(errors="replace").strip().splitlines()[-5:]
+            if rank > 0 and process.returncode not in (exits.DONE, -signal.SIGTERM) and tail:
+                terminal.say(f"rank {rank} ended with {process.returncode}: {' | '.join(tail)}")
+    return code
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all, passing signals on; the first failure stops the rest."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while any(process.poll() is None for process in processes):
+            codes = [process.returncode for process in processes]
+            if any(code not in (None, exits.DONE, exits.STOPPED) for code in codes):
+                _stop(processes)
+                break
+            time.sleep(0.05)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    codes = [process.returncode for process in processes]
+    bad = [code for code in codes if code not in (exits.DONE, exits.STOPPED, -signal.SIGTERM)]
+    if bad:
+        return bad[0] if bad[0] > 0 else exits.FAILED
+    return exits.STOPPED if exits.STOPPED in codes else max(codes)
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:  # it waits in a collective for the rank that failed
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def conclude(run_dir: Path) -> None:
+    """The last lines of a run: its result and what to type next."""
+    summary = rundir.read_summary(run_dir)
+    assert summary is not None
+    for line in result_lines(summary):
+        terminal.result(line)
+    terminal.result(f"model in {run_dir / 'model'}; next: align show {run_dir}")
+
+
+def result_lines(summary: dict[str, rundir.Scalar]) -> list[str]:
+    """What a person wants to know of a finished run."""
+    lines = [f"loss {summary['loss/first']:.4f} -> {summary['loss/last']:.4f} in {summary['steps']} steps"]
+    for name, text in (("exact_match", "held-out exact match"), ("reward", "held-out mean reward")):
+        keys = [f"eval/{when}/{name}{end}" for when in ("before", "after") for end in ("", "_low", "_high")]
+        if all(key in summary for key in keys):
+            before, b_low, b_high, after, a_low, a_high = (float(str(summary[key])) for key in keys)
+            lines.append(
+                f"{text}: {before:.3f} [{b_low:.3f}, {b_high:.3f}] -> {after:.3f} [{a_low:.3f}, {a_high:.3f}]  (95 %)"
+            )
+    if "displacement/chosen" in summary:
+        lines.append(
+            f"chosen responses on held-out prompts moved by {float(str(summary['displacement/chosen'])):+.2f} nats; "
+            f"{float(str(summary['displacement/fraction_down'])):.0%} became less likely"
+        )
+    return lines

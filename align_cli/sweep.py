@@ -1,0 +1,149 @@
+"""`align train -m`: every combination of swept overrides is a run of its own, in a process of its own.
+
+A job's directory is named by its swept values under a directory named by the command, so the same command finds what
+it finished before and runs only the rest.
+"""
+
+import hashlib
+import itertools
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from align_cli import config, exits, rundir, terminal
+from align_cli.config import Tree
+from align_cli.errors import UserError
+
+COLUMNS = ("loss/last", "eval/after/exact_match", "eval/after/reward", "displacement/chosen")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One combination: all its overrides, and the swept ones as text."""
+
+    overrides: tuple[str, ...]
+    swept: tuple[str, ...]
+    run_dir: Path
+
+
+def expand(overrides: Sequence[str]) -> tuple[list[list[str]], int]:
+    """Every combination of the swept overrides, in the order of the command line, and how many are swept."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    choices: list[list[str]] = []
+    for override in parsed:
+        if not override.is_sweep_override():
+            choices.append([str(override.input_line)])
+            continue
+        if override.is_interval_sweep():
+            raise UserError(f"{override.input_line}: a grid needs values; choice(...) or range(...) would be right.")
+        key = override.get_key_element()
+        choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    return [list(combination) for combination in itertools.product(*choices)], sum(len(c) > 1 for c in choices)
+
+
+def jobs(overrides: Sequence[str], config_dirs: Sequence[str]) -> list[Job]:
+    """The jobs of a sweep.
+
+    Raises:
+        UserError: an override cannot be read.
+    """
+    combinations, _ = expand(overrides)
+    varying = [place for place in range(len(overrides)) if len({c[place] for c in combinations}) > 1]
+    home = _home(overrides, config_dirs, combinations)
+    found: list[Job] = []
+    for combination in combinations:
+        swept = tuple(combination[place] for place in varying)
+        name = re.sub(r"[^\w.=,+-]", "_", ",".join(swept)) or "single"
+        plain = [o for o in combination if not re.match(r"\+*(run\.dir|sweep\.jobs)=", o)]
+        found.append(Job(tuple(plain), swept, home / name))
+    return found
+
+
+def _home(overrides: Sequence[str], config_dirs: Sequence[str], combinations: Sequence[Sequence[str]]) -> Path:
+    named = [o.partition("=")[2] for o in overrides if re.match(r"\+*run\.dir=", o)]
+    if named:
+        return Path(named[-1])
+    tree = config.compose("train", combinations[0], config_dirs)
+    told = sorted(o for o in overrides if not re.match(r"\+*(track|resume|sweep)\b", o))
+    digest = hashlib.sha256("\n".join([*told, *config_dirs]).encode()).hexdigest()[:8]
+    return Path("sweeps") / f"{tree['model']['name']}-{tree['data']['name']}-{digest}"
+
+
+def sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
+    """Run what is not finished, then print a table of all jobs.
+
+    Returns:
+        0 if all jobs are done, 1 if one failed, 75 if a signal stopped the sweep.
+
+    Raises:
+        UserError: a job's configuration is wrong; no job is started then.
+    """
+    from align_cli import experiment
+
+    planned = jobs(overrides, config_dirs)
+    homes = {job.run_dir for job in planned}
+    if len(homes) < len(planned):
+        raise UserError("two jobs of the sweep have the same values; give each value once.")
+    arguments: dict[Path, list[str]] = {}
+    for job in planned:
+        tree = config.compose("train", job.overrides, config_dirs)
+        tree["run"]["dir"] = str(job.run_dir)
+        experiment.read(tree)
+        arguments[job.run_dir] = [*job.overrides, f"run.dir={job.run_dir}", *_group(tree, job)]
+    states: dict[Path, str] = {}
+    for number, job in enumerate(planned, start=1):
+        if rundir.read_summary(job.run_dir) is not None:
+            states[job.run_dir] = "skipped"
+            terminal.say(f"job {number} of {len(planned)}: {','.join(job.swept)} is finished already")
+            continue
+        terminal.say(f"job {number} of {len(planned)}: {','.join(job.swept)}")
+        code = _run(arguments[job.run_dir], config_dirs)
+        states[job.run_dir] = {exits.DONE: "done", exits.STOPPED: "stopped"}.get(code, f"failed ({code})")
+        if code == exits.STOPPED:
+            break
+    show(planned, states)
+    if "stopped" in states.values():
+        return exits.STOPPED
+    return exits.FAILED if any(state.startswith("failed") for state in states.values()) else exits.DONE
+
+
+def _group(tree: Tree, job: Job) -> list[str]:
+    """W&B shows the runs of a sweep as one group."""
+    if "group" not in tree["track"] or tree["track"]["group"] is not None:
+        return []
+    return [f"track.group={job.run_dir.parent.name}"]
+
+
+def _run(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
+    flags = [part for folder in config_dirs for part in ("--config-dir", folder)]
+    process = subprocess.Popen([sys.executable, "-m", "align_cli.cli", "train", *flags, *overrides])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the job got the same signal and saves
+        return process.wait()
+
+
+def show(planned: Sequence[Job], states: dict[Path, str]) -> None:
+    """A table of all jobs: swept values, state, final figures."""
+    summaries = {job.run_dir: rundir.read_summary(job.run_dir) or {} for job in planned}
+    names = [name for name in COLUMNS if any(name in summary for summary in summaries.values())]
+    table = Table("job", *[part.partition("=")[0] for part in planned[0].swept], "state", *names)
+    for number, job in enumerate(planned, start=1):
+        figures = [summaries[job.run_dir].get(name) for name in names]
+        cells = [f"{figure:.4g}" if isinstance(figure, float) else "" for figure in figures]
+        values = [part.partition("=")[2] for part in job.swept]
+        table.add_row(str(number), *values, states.get(job.run_dir, "not started"), *cells)
+    Console().print(table)
+    terminal.result(f"runs in {planned[0].run_dir.parent}")

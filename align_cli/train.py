@@ -1,0 +1,290 @@
+"""The loop: draw a step, fill its columns, measure the policy, evaluate the loss, update.
+
+    source -> columns -> policy log-probabilities -> loss -> / global count -> step
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_cli import columns, distributed
+from align_cli.checkpoints import Checkpoints
+from align_cli.data.batches import MicroBatch, Step, flatten, split, steps, steps_per_epoch
+from align_cli.data.store import Store
+from align_cli.engine import Engine
+from align_cli.errors import Stopped
+from align_cli.experiment import Experiment, Train
+from align_cli.metrics import Metrics, likelihood, preference
+from align_cli.models.causal import measure
+from align_cli.references import MismatchKL
+from align_cli.tracking import Silent
+
+TOLERANCE = 1e-3  # of the first step's loss
+
+
+class WrongStart(RuntimeError):
+    """The first step's loss is not what it must be."""
+
+
+@dataclass
+class Meter:
+    """Sums and counts of a step's figures, over micro-batches and then over ranks; divided once."""
+
+    sums: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, metrics: Metrics) -> None:
+        """Add a micro-batch's figures, a (sum, count) for each name."""
+        for name, (total, count) in metrics.items():
+            held = self.sums.setdefault(name, [torch.zeros(2, dtype=torch.float64)])
+            held.append(torch.stack([total.detach().double().cpu(), count.detach().double().cpu()]))
+
+    def read(self) -> dict[str, float]:
+        """The means over the step's micro-batches and ranks; every rank calls it."""
+        mine = {name: torch.stack(parts).sum(0) for name, parts in self.sums.items()}
+        means: dict[str, Tensor] = {}
+        for share in distributed.gather(mine):
+            for name, pair in share.items():
+                means[name] = means[name] + pair if name in means else pair
+        return {name: float(pair[0] / pair[1]) for name, pair in means.items() if pair[1] > 0}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is computed on a micro-batch: the loss, the columns it needs, and who makes them."""
+
+    experiment: Experiment
+    producers: Mapping[str, columns.Column]
+    made: tuple[str, ...]
+
+    def columns(self, engine: Engine, batch: MicroBatch) -> dict[str, Any]:
+        """All columns of a micro-batch; only the policy's carry gradient."""
+        batch = batch.to(engine.device)
+        given = {"ratings": batch.ratings, "lengths": batch.lengths, "mask": batch.mask(), "batch": batch}
+        with torch.no_grad():
+            filled = columns.fill(given, self.made, self.producers)
+        return filled | engine.measure(batch)
+
+    def elements(self, filled: Mapping[str, Any]) -> Tensor:
+        """The loss of each prompt (B,) or of each response token (B, K, T)."""
+        return columns.evaluate(self.experiment.loss, filled)
+
+    def begin(self, store: Store, groups: Sequence[int]) -> None:
+        """What must be known of a whole step before its first micro-batch; every rank calls it."""
+        for name in self.made:
+            producer = self.producers[name]
+            if isinstance(producer, MismatchKL):
+                producer.begin([store[index] for index in groups])
+
+    def count(self, store: Store, groups: Sequence[int]) -> int:
+        """What the loss of a step is divided by: its prompts, or its response tokens."""
+        if self.experiment.per_token:
+            return int(store.response_tokens[list(groups)].sum())
+        return len(groups)
+
+    def size(self, filled: Mapping[str, Any]) -> Tensor:
+        """A micro-batch's share of `count`."""
+        if self.experiment.per_token:
+            return filled["lengths"].sum()
+        return torch.tensor(len(filled["lengths"]))
+
+    @torch.no_grad()
+    def exact(self, engine: Engine, filled: Mapping[str, Any]) -> Tensor | None:
+        """What the elements of the loss must be before the first update.
+
+        With a reference, the closed form of the loss while policy and reference are the same; without one, the loss
+        of log-probabilities that are computed the plain way, a padded sequence for each response.
+        """
+        if self.experiment.at_reference is not None:
+            return None if self.experiment.reference.path else columns.evaluate(self.experiment.at_reference, filled)
+        plain = measure(engine.module(), filled["batch"], flat=False)
+        return self.elements({**filled, **plain})
+
+    def metrics(self, filled: Mapping[str, Any]) -> Metrics:
+        """The figures that are logged beside the loss."""
+        if "reference" not in filled:
+            return likelihood(filled["policy"], filled["ratings"], filled["lengths"])
+        return preference(
+            filled["policy"], filled["reference"], filled["ratings"], filled["lengths"], beta=self.experiment.beta
+        )
+
+
+def total_steps(train: Train, groups: int) -> int:
+    """Optimizer steps of the whole run."""
+    return train.steps if train.steps is not None else train.epochs * steps_per_epoch(groups, train.prompts)
+
+
+def learning_rate(step: int, of: int, train: Train) -> float:
+    """The rate of optimizer step `step`, counted from 1: a linear warm-up, then the schedule down to 0 at the end."""
+    warmup = math.ceil(train.warmup_ratio * of)
+    if step <= warmup:
+        return train.lr * step / warmup
+    if train.schedule == "constant":
+        return train.lr
+    left = (of - step + 1) / (of - warmup)
+    return train.lr * (left if train.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
+
+
+@dataclass
+class Progress:
+    """Where a run stands; it travels with the checkpoints, so that a resumed run reports the whole of it.
+
+    Attributes:
+        step: optimizer steps done.
+        seconds: time in steps, without evaluation and saving.
+        groups, tokens: what went through the steps, over all ranks; tokens of prompts count once.
+        first_loss, last_loss: of the first and the last logged step.
+        before: evaluation before the first step.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    groups: int = 0
+    tokens: int = 0
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    before: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    engine: Engine,
+    method: Method,
+    evaluation: Method,
+    store: Store,
+    held_out: Store,
+    *,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    tracker: Silent,
+    stop: Callable[[], bool],
+) -> None:
+    """Run the steps that are left, logging, evaluating and saving as the experiment says; every rank calls it.
+
+    Raises:
+        Stopped: `stop` was true on some rank; the run has saved.
+        WrongStart: the first step's loss is not the exact one.
+        FloatingPointError: the loss is not finite; what was saved is untouched.
+    """
+    experiment = method.experiment
+    of = total_steps(experiment.train, len(store))
+    tokens = store.prompt_tokens + store.response_tokens
+    plan = steps(
+        store,
+        first=progress.step + 1,
+        last=of,
+        prompts=experiment.train.prompts,
+        seed=experiment.run.seed,
+        rank=distributed.rank(),
+        ranks=distributed.world(),
+        budget=experiment.engine.micro_tokens,
+    )
+    for step in plan:
+        begun = time.perf_counter()
+        meter = run_step(engine, method, store, step)
+        lr = learning_rate(step.number, of, experiment.train)
+        norm = engine.step(lr)
+        progress.step = step.number
+        progress.groups += len(step.groups)
+        progress.tokens += int(tokens[list(step.groups)].sum())
+        logged = step.number in (1, of) or step.number % experiment.track.every == 0
+        figures = meter.read() if logged else {}
+        progress.seconds += time.perf_counter() - begun
+        if logged:
+            _judge(step.number, figures)
+            progress.last_loss = figures["loss"]
+            if step.number == 1:
+                progress.first_loss = figures["loss"]
+            figures |= {"learning_rate": lr, "grad_norm": norm, "epoch": progress.groups / len(store)}
+        if experiment.eval.every is not None and step.number % experiment.eval.every == 0 and step.number < of:
+            found = evaluate_loss(engine, evaluation, held_out)
+            figures |= {f"eval/{name}": value for name, value in found.items()}
+        if figures:
+            tracker.log(step.number, figures)
+        tracker.progress(step.number, progress.tokens / progress.seconds, progress.last_loss)
+        asked_to_stop = distributed.any_rank(stop())
+        if asked_to_stop or (step.number % experiment.checkpoint.every == 0 and step.number < of):
+            with checkpoints.saving(step.number, asdict(progress)) as folder:
+                engine.save(folder)
+        if asked_to_stop and step.number < of:
+            raise Stopped(f"stopped by a signal after step {step.number} of {of}")
+
+
+def run_step(engine: Engine, method: Method, store: Store, step: Step) -> Meter:
+    """Put the gradient of one optimizer step into the engine; returns its figures."""
+    meter = Meter()
+    method.begin(store, step.groups)
+    count = method.count(store, step.groups)
+    for part in step.parts:
+        batch = flatten([store[index] for index in part.groups], counted=part.counted)
+        filled = method.columns(engine, batch)
+        elements = method.elements(filled)
+        engine.backward(elements.sum() * float(part.counted) / count)
+        exact = method.exact(engine, filled) if step.number == 1 else None
+        if part.counted:
+            with torch.no_grad():
+                meter.add({"loss": (elements.sum(), method.size(filled))} | method.metrics(filled))
+                if exact is not None:
+                    meter.add({"exact": (exact.sum(), method.size(filled))})
+    return meter
+
+
+def _judge(step: int, figures: dict[str, float]) -> None:
+    """Hold the loss against what is known of it; the known value of the first step is taken out of the figures."""
+    loss = figures["loss"]
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of step {step} is {loss}. A lower train.lr, train.precision=fp32 or smaller rewards may help; "
+            "checkpoints of earlier steps are whole."
+        )
+    exact = figures.pop("exact", None)
+    if exact is not None and abs(loss - exact) > TOLERANCE:
+        raise WrongStart(
+            f"the first loss is {loss:.6f}; before any update it must be {exact:.6f}. Likely causes: the reference is "
+            "not the policy's starting weights; dropout or another random part is active; log-probabilities are "
+            "rounded to bf16 on the way; adapters do not start at zero; the cached reference belongs to other "
+            "numerics (remove it from the cache folder)."
+        )
+
+
+@torch.no_grad()
+def evaluate_loss(engine: Engine, method: Method, store: Store) -> dict[str, float]:
+    """The loss and all metrics on the first `eval.groups` held-out groups; every rank calls it."""
+    experiment = method.experiment
+    chosen = tuple(range(min(experiment.eval.groups, len(store))))
+    if not chosen:
+        return {}
+    tokens = store.prompt_tokens + store.response_tokens
+    budget = experiment.engine.micro_tokens
+    parts = split(chosen, tokens, store.responses, ranks=distributed.world(), budget=budget)
+    method.begin(store, chosen)
+    meter = Meter()
+    for part in parts[distributed.rank()]:
+        filled = method.columns(engine, flatten([store[index] for index in part.groups]))
+        if part.counted:
+            meter.add({"loss": (method.elements(filled).sum(), method.size(filled))} | method.metrics(filled))
+    return meter.read()
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM and SIGINT raise a flag, which the yielded function reads; a second SIGINT kills."""
+    raised: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        raised.append(number)
+        if raised.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(raised)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,64 @@
+"""What each rank runs: `python -m align_cli.worker RUN`, under torchrun, under srun, or started by `align train`.
+
+The resolved configuration in the run directory says everything; Hydra is not imported here.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from align_cli import exits, terminal
+from align_cli.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Run one rank on a prepared run directory.
+
+    Args:
+        argv: the run directory.
+
+    Returns:
+        The exit code (`align_cli.exits`).
+    """
+    if len(argv) != 1:
+        terminal.error("usage: python -m align_cli.worker RUN, a directory that align train launch=prepare has made")
+        return exits.USER
+    adopt_slurm()
+    return exits.guarded(lambda: work(Path(argv[0])))
+
+
+def adopt_slurm() -> None:
+    """Under srun, say in torch's words which rank this is; MASTER_ADDR and MASTER_PORT come from the job script.
+
+    Raises:
+        UserError: srun started several tasks and no address to meet at is set.
+    """
+    environment = os.environ
+    if "RANK" in environment or "SLURM_PROCID" not in environment:
+        return
+    if environment["SLURM_NTASKS"] != "1" and "MASTER_ADDR" not in environment:
+        raise UserError("srun started several tasks, but MASTER_ADDR is not set; set it to the first node's name.")
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment.setdefault("MASTER_PORT", "29500")
+
+
+def work(run_dir: Path) -> int:
+    """Join the other ranks and run."""
+    from align_cli import distributed, experiment, rundir
+    from align_cli.run import prepare, run
+
+    plan = experiment.read(rundir.read_config(run_dir))
+    device = distributed.local_device(plan.launch.accelerator)
+    if plan.engine.stage is not None:
+        distributed.join(device)
+    try:
+        run(prepare(plan), run_dir)
+    finally:
+        distributed.leave()
+    return exits.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
