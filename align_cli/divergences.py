@@ -89,5 +89,5 @@ def alpha(*, alpha: OpenFraction) -> Divergence:
 
 def _expm1(exponent: Tensor) -> Tensor:
     """e^exponent − 1, continued by its tangent beyond `STEEPEST`."""
-    # Two terms whose slopes do not overlap: subtracting e^20 from itself would leave rounding errors above 1 in float32.
+    # Terms whose slopes do not overlap: e^20 taken from itself would leave rounding errors above 1 in float32.
     return torch.expm1(exponent.clamp(max=STEEPEST)) + math.exp(STEEPEST) * (exponent - STEEPEST).relu()

@@ -1,6 +1,6 @@
-"""IPO: Identity Preference Optimization. Azar, Rowland, Piot, Guo, Calandriello, Valko, Munos, arXiv 2310.12036, eq. 17.
+"""IPO: Identity Preference Optimization. Azar, Rowland, Piot, Guo, Calandriello, Valko, Munos, arXiv 2310.12036.
 
-L = (h − 1/(2β))²,  h = log [π_θ(y_w|x) π_ref(y_l|x) / (π_θ(y_l|x) π_ref(y_w|x))],  β written τ
+L = (h − 1/(2β))²  (eq. 17),  h = log [π_θ(y_w|x) π_ref(y_l|x) / (π_θ(y_l|x) π_ref(y_w|x))],  β written τ
 
 Delta from the paper: log-ratios are averaged over the tokens of a response and not summed. The paper does not say so;
 its authors told TRL's that this is what they ran, and with sums the one target 1/(2β) means something else for every

@@ -1,6 +1,6 @@
 """Columns and gradients for the proofs about losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return slope
 
 
-def mean_over_single_pairs(function: Callable[..., Tensor], columns: list[Tensor], pairs: Tensor) -> Tensor:
+def mean_over_single_pairs(function: Callable[..., Tensor], columns: Sequence[Tensor], pairs: Tensor) -> Tensor:
     """The weighted mean of what `function` gives to each pair by itself, cut out of the (B, K) columns; (B,)."""
     prompts, responses, _ = pairs.shape
     total = torch.zeros(prompts, dtype=torch.float64)

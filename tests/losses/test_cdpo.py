@@ -56,5 +56,5 @@ def test_all_pairs_cost_the_mean_of_the_pairs_one_by_one(loss: ModuleType) -> No
     def cdpo(policy: torch.Tensor, reference: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         return loss.cdpo(policy, reference, pairs, beta=0.2, label_smoothing=0.3)
 
-    columns = [batch["policy"], batch["reference"]]
+    columns = (batch["policy"], batch["reference"])
     assert_close(cdpo(*columns, batch["pairs"]), mean_over_single_pairs(cdpo, columns, batch["pairs"]))

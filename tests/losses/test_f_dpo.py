@@ -70,5 +70,5 @@ def test_all_pairs_cost_the_mean_of_the_pairs_one_by_one(loss: ModuleType) -> No
     def f_dpo(policy: Tensor, reference: Tensor, pairs: Tensor) -> Tensor:
         return loss.f_dpo(policy, reference, pairs, beta=0.2, divergence=js())
 
-    columns = [batch["policy"], batch["reference"]]
+    columns = (batch["policy"], batch["reference"])
     assert_close(f_dpo(*columns, batch["pairs"]), mean_over_single_pairs(f_dpo, columns, batch["pairs"]))

@@ -43,5 +43,5 @@ def test_all_pairs_cost_the_mean_of_the_pairs_one_by_one(loss: ModuleType) -> No
     def hinge(policy: torch.Tensor, reference: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         return loss.hinge(policy, reference, pairs, beta=0.2)
 
-    columns = [batch["policy"], batch["reference"]]
+    columns = (batch["policy"], batch["reference"])
     assert_close(hinge(*columns, batch["pairs"]), mean_over_single_pairs(hinge, columns, batch["pairs"]))

@@ -46,5 +46,5 @@ def test_all_pairs_cost_the_mean_of_the_pairs_one_by_one(loss: ModuleType) -> No
     def ipo(policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         return loss.ipo(policy, reference, lengths, pairs, beta=0.2)
 
-    columns = [batch["policy"], batch["reference"], batch["lengths"]]
+    columns = (batch["policy"], batch["reference"], batch["lengths"])
     assert_close(ipo(*columns, batch["pairs"]), mean_over_single_pairs(ipo, columns, batch["pairs"]))

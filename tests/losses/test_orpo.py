@@ -39,5 +39,5 @@ def test_all_pairs_cost_the_mean_of_the_pairs_one_by_one(loss: ModuleType) -> No
     def orpo(policy: Tensor, lengths: Tensor, pairs: Tensor) -> Tensor:
         return loss.orpo(policy, lengths, pairs, weight=0.7)
 
-    columns = [batch["policy"], batch["lengths"]]
+    columns = (batch["policy"], batch["lengths"])
     assert_close(orpo(*columns, batch["pairs"]), mean_over_single_pairs(orpo, columns, batch["pairs"]))

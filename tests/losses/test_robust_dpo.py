@@ -45,5 +45,5 @@ def test_all_pairs_cost_the_mean_of_the_pairs_one_by_one(loss: ModuleType) -> No
     def robust(policy: torch.Tensor, reference: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         return loss.robust_dpo(policy, reference, pairs, beta=0.2, label_smoothing=0.3)
 
-    columns = [batch["policy"], batch["reference"]]
+    columns = (batch["policy"], batch["reference"])
     assert_close(robust(*columns, batch["pairs"]), mean_over_single_pairs(robust, columns, batch["pairs"]))

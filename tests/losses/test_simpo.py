@@ -35,5 +35,5 @@ def test_all_pairs_cost_the_mean_of_the_pairs_one_by_one(loss: ModuleType) -> No
     def simpo(policy: Tensor, lengths: Tensor, pairs: Tensor) -> Tensor:
         return loss.simpo(policy, lengths, pairs, beta=2.0, gamma=0.5)
 
-    columns = [batch["policy"], batch["lengths"]]
+    columns = (batch["policy"], batch["lengths"])
     assert_close(simpo(*columns, batch["pairs"]), mean_over_single_pairs(simpo, columns, batch["pairs"]))
