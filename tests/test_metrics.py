@@ -88,3 +88,9 @@ def test_metrics_hold_no_gradient() -> None:
 def test_metrics_ask_for_columns_of_the_glossary() -> None:
     for metric in (preference, implicit_rewards, likelihood, displacement):
         assert set(asked(metric)) <= set(GLOSSARY)
+
+
+def test_the_chosen_is_the_first_of_ties_among_many() -> None:
+    policy = torch.arange(64.0)[None]
+    found = means(likelihood(policy, torch.ones(1, 64), torch.ones(1, 64)))
+    assert found["logps/chosen"] == 0
