@@ -39,7 +39,7 @@ class Data:
         revision: the commit of a hub dataset.
         subset: the folder inside the dataset that is read; None reads all.
         split: the rows to train on.
-        held_out_split: the rows to evaluate on; None takes `held_out` prompts out of `split`.
+        held_out_split: the rows to evaluate on; None, or a single file, takes `held_out` prompts out of `split`.
         format: the schema of the rows; auto lets `name` decide (`file` detects it, row by row).
         responses: the most responses to keep of a prompt; None keeps all.
         keep: which ones, where there are more.

@@ -48,7 +48,10 @@ def open_rows(path: str, *, revision: str | None, subset: str | None, split: str
     """
     local = Path(path).expanduser()
     if local.is_dir() and not saved_by_datasets(local):
-        return from_files(files_of(local / subset if subset else local, split), name=path)
+        folder = local / subset if subset else local
+        if not folder.is_dir():
+            raise UserError(f"data.path={path} has no folder '{subset}': set data.subset to one it has, or to null.")
+        return from_files(files_of(folder, split), name=path)
     if local.is_dir():
         return from_saved(local, split)
     if local.is_file():
@@ -56,6 +59,11 @@ def open_rows(path: str, *, revision: str | None, subset: str | None, split: str
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is None or looks_like_file(path) or path.startswith("."):
         raise UserError(f"data.path={path}: there is no such file or folder (seen from {Path.cwd()}).")
     return from_hub(path, revision=revision, subset=subset, split=split)
+
+
+def has_splits(path: str) -> bool:
+    """Whether a path may hold several splits: a single file is one."""
+    return not Path(path).expanduser().is_file()
 
 
 def looks_like_file(path: str) -> bool:

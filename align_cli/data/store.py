@@ -33,7 +33,7 @@ from align_cli.data import schemas
 from align_cli.data.choose import choose
 from align_cli.data.options import Data
 from align_cli.data.records import Record, Row, RowError
-from align_cli.data.rows import Rows, open_rows
+from align_cli.data.rows import Rows, has_splits, open_rows
 from align_cli.data.tokens import Template, Tokenised, identity
 from align_cli.errors import UserError
 
@@ -213,7 +213,7 @@ def prepare(
         )
     source = open_rows(data.path, revision=data.revision, subset=data.subset, split=data.split)
     held_out = None
-    if data.held_out_split is not None and data.held_out:
+    if data.held_out_split is not None and data.held_out and has_splits(data.path):
         held_out = open_rows(data.path, revision=data.revision, subset=data.subset, split=data.held_out_split)
     sources = [source.identity, held_out.identity if held_out else ""]
     told = {**asdict(data), "expected": None}

@@ -37,9 +37,10 @@ from align_cli.data.options import TemplateName
 from align_cli.data.records import Message, Record, RowError
 from align_cli.errors import UserError
 
-STAND_IN = 0xF0000  # supplementary private-use area A: one character for each special token that the template writes
-ESCAPE = 0x100000  # supplementary private-use area B: one character for each special string inside a text
-MOST_SPECIALS = 0xFFF0
+# Supplementary private-use area B, whose characters no text in use holds: the area A has the icons of some fonts.
+STAND_IN = 0x100000  # one character for each special token that the template writes
+ESCAPE = 0x108000  # one character for each special string inside a text
+MOST_SPECIALS = 0x7FF0
 PROBE = chr(ESCAPE + MOST_SPECIALS)  # stands for a text while the template is examined
 ANCHOR = chr(STAND_IN + MOST_SPECIALS)  # a border that no token crosses
 
@@ -111,6 +112,7 @@ class Codec:
         added = {token.content: token for token in backend.get_added_tokens_decoder().values() if token.special}
         named = {text: AddedToken(text) for text in tokenizer.all_special_tokens}
         specials = named | added
+        assert len(specials) < MOST_SPECIALS
         self.stand_in = {text: chr(STAND_IN + index) for index, text in enumerate(specials)}
         self.escape_of = {text: chr(ESCAPE + index) for index, text in enumerate(specials)}
         self.text_of = {ESCAPE + index: text for index, text in enumerate(specials)}
