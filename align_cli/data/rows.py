@@ -131,7 +131,7 @@ def lines_of(file: Path) -> Iterator[Labelled]:
             for number, line in enumerate(stream, start=1):
                 text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if text.strip():
-                    yield f"{file}:{number}", parsed(text)
+                    yield f"{file}:{number}", parsed(text.rstrip())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         yield f"{file}:{number + 1}", RowError(f"the compressed file is damaged or cut off here ({error})")
 

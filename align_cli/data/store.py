@@ -135,7 +135,8 @@ class Growing:
         self.file.write(values.astype(self.kind, copy=False).tobytes())
         self.size += values.size
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Write the header."""
         shape = {"descr": np.lib.format.dtype_to_descr(self.kind), "fortran_order": False, "shape": (self.size,)}
         text = repr(shape).ljust(HEADER - 11) + "\n"
         header = io.BytesIO()
@@ -145,7 +146,6 @@ class Growing:
         self.file.write(header.getvalue())
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.file.close()
 
 
 class Shelf:
@@ -158,6 +158,7 @@ class Shelf:
         self.ratings = Growing(folder / "ratings.npy", np.float32)
         self.where = Growing(folder / "where.npy", np.uint8)
         self.index = Growing(folder / "index.npy", np.int64)
+        self.parts = (self.tokens, self.lengths, self.ratings, self.where, self.index)
         self.digests: list[bytes] = []  # of each group
         self.prompts: list[bytes] = []  # a digest of each group's prompt
 
@@ -175,13 +176,21 @@ class Shelf:
         self.prompts.append(prompt)
 
     def mark(self) -> None:
-        sizes = [part.size for part in (self.tokens, self.lengths, self.ratings, self.where)]
+        sizes = [part.size for part in self.parts[:-1]]
         self.index.extend(np.array(sizes, dtype=np.int64))
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Complete the files."""
         self.mark()
-        for part in (self.tokens, self.lengths, self.ratings, self.where, self.index):
-            part.close()
+        for part in self.parts:
+            part.finish()
+
+    def __enter__(self) -> "Shelf":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for part in self.parts:
+            part.file.close()
 
     def write(self, name: str, groups: list[int], report: dict[str, int | str]) -> None:
         """Write one of the two stores."""
@@ -261,16 +270,16 @@ class Build:
 
     def run(self, folder: Path, source: Rows, held_out: Rows | None) -> None:
         self.say(f"reading {source.name}, writing its dialogues with the {self.template.name} template")
-        shelf = Shelf(folder)
-        self.read(shelf, source, limit=self.data.limit)
-        of_split = len(shelf.prompts)
-        self.demand(of_split, source)
-        if held_out is None:
-            train, aside = self.set_aside(shelf)
-        else:
-            self.read(shelf, held_out, limit=None)
-            train, aside = list(range(of_split)), self.taken(shelf, of_split)
-        shelf.close()
+        with Shelf(folder) as shelf:
+            self.read(shelf, source, limit=self.data.limit)
+            of_split = len(shelf.prompts)
+            self.demand(of_split, source)
+            if held_out is None:
+                train, aside = self.set_aside(shelf)
+            else:
+                self.read(shelf, held_out, limit=None)
+                train, aside = list(range(of_split)), self.taken(shelf, of_split)
+            shelf.finish()
         report = self.report(train, aside)
         shelf.write("train", train, report)
         shelf.write("held_out", aside, report)
