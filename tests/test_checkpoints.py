@@ -205,12 +205,14 @@ def test_a_process_killed_at_any_moment_loses_no_committed_checkpoint(tmp_path: 
         bufsize=1,
     ) as host:
         assert host.stdin is not None and host.stdout is not None
-        for _ in range(40):
+        for trial in range(40):
             host.stdin.write("save\n")
             saver, started = map(int, host.stdout.readline().split())
             assert started >= seen
-            deadline = time.monotonic() + 0.06 * generator.random()
-            while time.monotonic() < deadline:
+            # every second saver gets to commit once, however slow the machine is; the others may die in their first save
+            until = seen + trial % 2
+            deadline = time.monotonic() + 0.05 * generator.random()
+            while time.monotonic() < deadline or seen < until:
                 seen = max([seen, *(checkpoint.step for checkpoint in committed(tmp_path))])
             os.kill(saver, signal.SIGKILL)
             assert host.stdout.readline() == "ended\n"
@@ -220,7 +222,7 @@ def test_a_process_killed_at_any_moment_loses_no_committed_checkpoint(tmp_path: 
                 assert checkpoints._damage(found[0]) == []
                 assert (found[0].folder / "3.bin").read_bytes()[:8] == found[0].step.to_bytes(8, "big")
         host.stdin.close()
-    assert seen > 40
+    assert seen >= 20
 
 
 RANKS = """
