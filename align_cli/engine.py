@@ -7,7 +7,6 @@ global count gets the same gradient however the step is split.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,10 +87,6 @@ class Engine(ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Read what `save` wrote; every rank calls it."""
-
-    @abstractmethod
-    def gathered(self) -> AbstractContextManager[None]:
-        """Whole weights in every rank's hands, for generation; every rank enters it."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
@@ -186,9 +181,6 @@ class TorchEngine(Engine):
             self.optimizer.state[self.masters[name]][kind] = value
         self._publish()
 
-    def gathered(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().cpu() for name, parameter in self.parameters.items()} | {
             name: parameter.detach().cpu()
@@ -279,13 +271,6 @@ class DeepSpeedEngine(Engine):
 
     def load(self, folder: Path) -> None:
         self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
-
-    def gathered(self) -> AbstractContextManager[None]:
-        if self.stage != 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(self.network.parameters()))
 
     def weights(self) -> dict[str, Tensor]:
         wanted = trainable(self.network) if isinstance(self.network, PeftModel) else dict(

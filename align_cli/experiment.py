@@ -89,6 +89,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "model": Model,
     "adapter": Adapter,
     "engine": EngineOptions,
+    "track": Track,
 }
 GIVEN = ("ratings", "lengths", "mask", "batch", *columns.POLICY)
 MADE = ("rewards", "pairs", "reference", "mismatch_kl")
@@ -152,9 +153,6 @@ def read(tree: Tree) -> Experiment:
     """
     problems: list[str] = []
     problems += _unknown_sections(tree)
-    track = _find(tree, "track", "align_cli.tracking", problems)
-    if track is not None:
-        problems += config.check(track, _options(tree["track"]), "track")
     for name, target in SECTIONS.items():
         if name not in tree:
             problems.append(f"{name} is missing.")
@@ -179,7 +177,7 @@ def read(tree: Tree) -> Experiment:
         problems += config.check(divergence, _options(tree["divergence"]), "divergence")
     if reward is not None:
         problems += config.check(reward, _options(tree["reward"]), "reward")
-    if problems or loss is None or reward is None or track is None:
+    if problems or loss is None or reward is None:
         raise UserError("\n".join(problems))
 
     sections = {name: config.build(target, tree[name]) for name, target in SECTIONS.items()}
@@ -203,7 +201,6 @@ def read(tree: Tree) -> Experiment:
         beta=float(tree["algo"]["beta"]) if "beta" in tree["algo"] else 1.0,
         made=tuple(columns.plan(columns.asked(built_loss), GIVEN, producers)),
         reference=config.build(Reference, reference),
-        track=config.build(track, _options(tree["track"])),
         world=None if tree.get("world") is None else config.build(World, tree["world"]),
         **sections,
     )
@@ -245,7 +242,7 @@ def _find(tree: Tree, group: str, module: str, problems: list[str]) -> Callable[
 
 
 def _unknown_sections(tree: Tree) -> list[str]:
-    known = [*SECTIONS, "track", "reference", "world", "source", "resume", "algo", "divergence", "reward"]
+    known = [*SECTIONS, "reference", "world", "source", "resume", "algo", "divergence", "reward"]
     return [f"{key}: no such key.{config.did_you_mean(key, known)}" for key in tree if key not in known]
 
 

@@ -19,6 +19,7 @@ from align_cli import distributed
 from align_cli.data.batches import MicroBatch, flatten, split
 from align_cli.data.store import Group
 from align_cli.engine import Engine
+from align_cli.errors import UserError
 from align_cli.models.adapters import switched_off
 from align_cli.models.causal import measure
 
@@ -78,8 +79,8 @@ class Cached:
 
     def fill(self, engine: Engine, groups: Iterable[Group], *, budget: int, say: Say) -> None:
         """Measure what is missing under the engine's present weights; every rank calls it with the same groups."""
-        known = distributed.gather(len(self.figures))
-        assert len(set(known)) == 1, "ranks see different caches"
+        if len(set(distributed.gather(len(self.figures)))) > 1:
+            raise UserError(f"ranks see different files in {self.folder}; ALIGN_CACHE must be a folder they all share.")
         batch: list[Group] = []
         for group in groups:
             if any(name not in self.figures for name in content(group)):

@@ -1,19 +1,21 @@
 """One run from start to end, as each of its ranks lives it: build, evaluate, train, evaluate, export."""
 
+import json
 import math
+import os
 import resource
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from align_cli import distributed, evaluate, paths, rundir, terminal, world
+from align_cli import config, distributed, evaluate, paths, rundir, terminal, world
 from align_cli.checkpoints import Checkpoints
+from align_cli.data import toy
 from align_cli.data.batches import members
 from align_cli.data.store import Group, Store
 from align_cli.data.store import prepare as prepare_data
@@ -26,13 +28,14 @@ from align_cli.engine import (
     keep_zero3_alive,
 )
 from align_cli.errors import UserError
-from align_cli.experiment import Experiment, producers
+from align_cli.experiment import Experiment, producers, read
 from align_cli.models.adapters import attach
 from align_cli.models.causal import flat_rows_error, load_model, load_tokenizer, read_architecture, takes_flat_rows
-from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, weights_digest
+from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, Say, mismatched, weights_digest
 from align_cli.rundir import Scalar
 from align_cli.tracking import Silent, Tracker
 from align_cli.train import Method, Progress, evaluate_loss, stop_signals, total_steps, train
+from align_cli.world import World
 
 # Largest difference in nats per token between a flat row and padded sequences that rounding explains.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3}
@@ -40,37 +43,49 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run reads: an experiment whose paths exist here, its tokenizer and its tokenised data."""
+    """What a run reads.
+
+    Attributes:
+        experiment: with paths that exist here.
+        tokenizer: the model's.
+        train, held_out: the tokenised data.
+        problems: prompts whose responses a program can judge; None where there is no such program.
+    """
 
     experiment: Experiment
     tokenizer: PreTrainedTokenizerBase
     train: Store
     held_out: Store
+    problems: Path | None
 
 
 def prepare(experiment: Experiment) -> Prepared:
-    """Make or find the embedded world and the tokenised data; rank 0 does it first, the others find it done.
+    """Make or find the embedded world and the tokenised data; on each node one rank does it, the others find it done.
 
     Raises:
         UserError: model or data cannot be read, or the data has nothing to learn from.
     """
-    leader = distributed.rank() == 0
+    leader = os.environ.get("LOCAL_RANK", "0") == "0"
     if not leader:
         distributed.barrier()
-    try:
-        return _prepare(experiment, terminal.say if leader else _quiet)
-    finally:
-        if leader:
-            distributed.barrier()
+    prepared = _prepare(experiment, terminal.say if leader else _quiet)
+    if leader:
+        distributed.barrier()
+    return prepared
 
 
 def _quiet(text: str) -> None:
     pass
 
 
-def _prepare(experiment: Experiment, say: Any) -> Prepared:
+def _prepare(experiment: Experiment, say: Say) -> Prepared:
+    problems = None
     if experiment.world is not None and "world" in (experiment.model.path, experiment.data.path):
-        made = world.prepare(experiment.world, cache=paths.cache(), say=say)
+        with terminal.counter() as progress:
+            made = world.prepare(
+                experiment.world, cache=paths.cache(), train_sft=_imitate, say=say, progress=progress
+            )
+        problems = made.held_out
         if experiment.model.path == "world":
             experiment = replace(experiment, model=replace(experiment.model, path=str(made.model)))
         if experiment.data.path == "world":
@@ -84,7 +99,36 @@ def _prepare(experiment: Experiment, say: Any) -> Prepared:
         say=say,
         pairwise=experiment.pairwise,
     )
-    return Prepared(experiment, tokenizer, store, held_out)
+    return Prepared(experiment, tokenizer, store, held_out, problems)
+
+
+def _imitate(demonstrations: Path, start: Path, out: Path, options: World) -> None:
+    """The embedded world's SFT, by the same loop as every other run."""
+    if distributed.world() > 1:
+        raise UserError("the embedded world is made by one process; run align train launch=prepare first.")
+    folder = out.with_name("sft")
+    chosen = {
+        "algo": "sft",
+        "model": "hf",
+        "model.path": start,
+        "data": "file",
+        "data.path": demonstrations,
+        "data.template": "text",
+        "data.held_out": 0,
+        "train.steps": options.sft_steps,
+        "train.prompts": options.sft_prompts,
+        "train.lr": options.sft_lr,
+        "eval.groups": 0,
+        "checkpoint.every": options.sft_steps,
+        "track": "none",
+        "run.dir": folder,
+        "run.seed": options.seed,
+    }
+    tree = config.compose("train", [f"{key}={value}" for key, value in chosen.items()])
+    folder.mkdir()
+    run(_prepare(read(tree), _quiet), folder)
+    (folder / "model").rename(out)
+    shutil.rmtree(folder)
 
 
 def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
@@ -262,22 +306,22 @@ def _evaluate(prepared: Prepared, engine: Engine, method: Method) -> tuple[dict[
     """Held-out loss and metrics, and what a program makes of sampled responses where the data brings one."""
     experiment = prepared.experiment
     figures = evaluate_loss(engine, method, prepared.held_out)
-    judge = evaluate.judge(experiment.data.name)
-    if judge is None or experiment.eval.prompts == 0 or experiment.world is None:
+    if prepared.problems is None or experiment.world is None or experiment.eval.prompts == 0:
         return figures, "[]\n"
-    # Under ZeRO-3 every forward pass is a collective: all ranks sample the same.
-    with engine.gathered():
-        found, samples = evaluate.exact_match(
-            engine.network,
-            prepared.tokenizer,
-            prepared.held_out,
-            judge,
-            prompts=experiment.eval.prompts,
-            samples=experiment.eval.samples,
-            max_new_tokens=experiment.world.max_new_tokens,
-            seed=experiment.run.seed,
-        )
-    return figures | found, samples
+    rows = [json.loads(line) for line in prepared.problems.read_text(encoding="utf-8").splitlines()]
+    # Under ZeRO-3 every forward pass is a collective, so all ranks sample, and sample the same.
+    judged = evaluate.exact_match(
+        engine.network,
+        prepared.tokenizer,
+        [row["prompt"] for row in rows[: experiment.eval.prompts]],
+        toy.score,
+        toy.correct,
+        samples=experiment.eval.samples,
+        max_new_tokens=experiment.world.max_new_tokens,
+        seed=experiment.run.seed,
+        examples=8,
+    )
+    return figures | judged.figures, json.dumps([asdict(example) for example in judged.examples], indent=1) + "\n"
 
 
 def _tracker(prepared: Prepared, run_dir: Path, progress: Progress) -> Silent:

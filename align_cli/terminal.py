@@ -1,8 +1,13 @@
 """Lines on the terminal: results go to standard output, everything else to standard error."""
 
+import contextlib
 import os
 import sys
-from typing import Literal, TextIO
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 Style = Literal["bold", "dim", "red", "green", "yellow"]
 _CODES: dict[Style, int] = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
@@ -41,3 +46,23 @@ def warn(text: str) -> None:
 def error(text: str) -> None:
     """The line that a command ends with when it fails: standard error."""
     say(f"{paint('error:', 'red', sys.stderr)} {text}")
+
+
+@contextlib.contextmanager
+def counter() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error where that is a terminal; it is told what, how much, and of how much."""
+    if not is_live(sys.stderr):
+        yield lambda what, done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def update(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=of)
+            bar.update(tasks[what], completed=done)
+
+        yield update

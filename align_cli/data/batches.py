@@ -113,13 +113,102 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """Segments of similar length, padded to the longest, whose attention is one call.
+
+    A segment is a prompt, which attends to itself, or a response, which attends to its prompt and to itself.
+
+    Attributes:
+        queries: (n, Q) positions in the row of each segment's own tokens; padding repeats position 0.
+        keys: (n, S) positions in the row of what they may attend to, in the order of the sequence.
+        allowed: (n, 1, Q, S) True where attention is causal and not to padding. A padded query sees key 0, so that no
+            softmax is over nothing.
+        distance: (n, 1, Q, S) how many positions back a key is, for sliding windows; int32.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    allowed: Tensor
+    distance: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The groups of a flat row, as attention needs them.
+
+    Attributes:
+        spans: one for each group.
+        buckets: all segments of the row.
+        home: (T,) where each position of the row stands among the buckets' queries, one bucket after the other.
+    """
+
+    spans: tuple[Span, ...]
+    buckets: tuple[Bucket, ...]
+    home: Tensor
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same on another device."""
+        buckets = tuple(Bucket(**{n: t.to(device) for n, t in vars(bucket).items()}) for bucket in self.buckets)
+        return Layout(self.spans, buckets, self.home.to(device))
+
+
+def lay_out(spans: Sequence[Span]) -> Layout:
+    """Sort the segments of a row into buckets, so that a call's padding stays below the size of what it computes."""
+    segments: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+    for span in spans:
+        prompt = np.arange(span.start, span.start + span.prompt)
+        segments.setdefault(_size(span.prompt, 0), []).append((prompt, prompt))
+        place = span.start + span.prompt
+        for length in span.responses:
+            own = np.arange(place, place + length)
+            segments.setdefault(_size(length, span.prompt), []).append((own, np.concatenate([prompt, own])))
+            place += length
+    end = max(span.start + span.prompt + sum(span.responses) for span in spans)
+    home = np.empty(end, dtype=np.int64)
+    buckets: list[Bucket] = []
+    offset = 0
+    for members_ in segments.values():
+        width = max(len(own) for own, _ in members_)
+        for number, (own, _) in enumerate(members_):
+            home[own] = offset + number * width + np.arange(len(own))
+        offset += len(members_) * width
+        buckets.append(_bucket(members_))
+    return Layout(tuple(spans), tuple(buckets), torch.from_numpy(home))
+
+
+def _size(queries: int, before: int) -> tuple[int, int]:
+    """Segments of one size share a bucket: lengths up to 16, then up to each power of the square root of 2."""
+
+    def step(length: int) -> int:
+        return 0 if length <= 16 else int(np.ceil(2 * np.log2(length)))
+
+    return step(queries), step(before)
+
+
+def _bucket(segments: Sequence[tuple[np.ndarray, np.ndarray]]) -> Bucket:
+    width = max(len(own) for own, _ in segments)
+    depth = max(len(seen) for _, seen in segments)
+    queries = np.zeros((len(segments), width), dtype=np.int64)
+    keys = np.zeros((len(segments), depth), dtype=np.int64)
+    distance = np.full((len(segments), 1, width, depth), -1, dtype=np.int32)
+    for number, (own, seen) in enumerate(segments):
+        queries[number, : len(own)] = own
+        keys[number, : len(seen)] = seen
+        position = np.arange(len(seen) - len(own), len(seen))
+        distance[number, 0, : len(own), : len(seen)] = position[:, None] - np.arange(len(seen))[None, :]
+        distance[number, 0, len(own) :, 0] = 0
+    allowed = torch.from_numpy(distance >= 0)
+    return Bucket(torch.from_numpy(queries), torch.from_numpy(keys), allowed, torch.from_numpy(distance))
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """B groups of K responses as one flat row of T tokens, and what is known about them.
 
     Attributes:
         input_ids: (1, T) prompt, response 1, ..., response K, next prompt, ...
         position_ids: (1, T) each response continues the positions of its prompt.
-        layout: the B spans of the row.
+        layout: where the B groups lie in the row.
         keep: (N,) position in the row of the state that predicts each response token.
         targets: (N,) the response tokens.
         response: (N,) b K + k, whose token it is.
@@ -132,7 +221,7 @@ class MicroBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    layout: tuple[Span, ...]
+    layout: Layout
     keep: Tensor
     targets: Tensor
     response: Tensor
@@ -154,7 +243,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Layout)}
         return MicroBatch(**{**vars(self), **moved})
 
 
@@ -184,7 +273,7 @@ def flatten(groups: Sequence[Group], *, counted: bool = True) -> MicroBatch:
     return MicroBatch(
         input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
         position_ids=torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
-        layout=tuple(layout),
+        layout=lay_out(layout),
         keep=torch.from_numpy(np.concatenate(keep).astype(np.int64)),
         targets=torch.from_numpy(targets.astype(np.int64)),
         response=torch.from_numpy(np.repeat(np.arange(lengths.size), lengths.reshape(-1))),

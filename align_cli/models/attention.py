@@ -5,7 +5,6 @@ the keyword `align_layout` from the model's call to every attention layer, so no
 layout the function is ordinary masked attention: generation and padded batches work as before.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention, softmax
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from align_cli.data.batches import Span
+from align_cli.data.batches import Layout
 
 NAME = "align_shared"
-
-
-Layout = Sequence[Span]
-
 
 def register() -> None:
     """Make `attn_implementation="align_shared"` known to transformers."""
@@ -67,43 +62,27 @@ def shared_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
             )
         if causal:
-            mask = causal_mask(q.shape[2], k.shape[2], None, q.device)
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         return explicit_attention(q, k, v, mask, scaling=scaling, softcap=softcap, sinks=s_aux)
 
     if align_layout is None:
         causal = attention_mask is None and query.shape[2] > 1
         return attend(query, key, value, attention_mask, causal).transpose(1, 2), None
 
-    pieces: list[Tensor] = []
-    for span in align_layout:
-        prompt = slice(span.start, span.start + span.prompt)
-        # The prompt and its first response are one ordinary causal sequence.
-        first = slice(span.start, span.start + span.prompt + span.responses[0])
-        pieces.append(_segment(attend, query[:, :, first], key[:, :, first], value[:, :, first], sliding_window))
-        start = first.stop
-        for length in span.responses[1:]:
-            own = slice(start, start + length)
-            keys = torch.cat([key[:, :, prompt], key[:, :, own]], dim=2)
-            values = torch.cat([value[:, :, prompt], value[:, :, own]], dim=2)
-            pieces.append(_segment(attend, query[:, :, own], keys, values, sliding_window))
-            start = own.stop
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
-
-
-def _segment(attend: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """Causal attention of the last `query.shape[2]` positions of a sequence to all of it."""
-    queries, keys = query.shape[2], key.shape[2]
-    if queries == keys and (window is None or keys <= window):
-        return attend(query, key, value, None, True)
-    return attend(query, key, value, causal_mask(queries, keys, window, query.device), False)
-
-
-def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys), True where the last `queries` positions of `keys` may look."""
-    position = torch.arange(keys - queries, keys, device=device)[:, None]
-    source = torch.arange(keys, device=device)[None, :]
-    allowed = source <= position
-    return allowed if window is None else allowed & (position - source < window)
+    heads, width = query.shape[1], value.shape[-1]
+    outputs: list[Tensor] = []
+    for bucket in align_layout.buckets:
+        mask = bucket.allowed if sliding_window is None else bucket.allowed & (bucket.distance < sliding_window)
+        # (1, heads, T, D) -> (n, heads, Q, D)
+        found = attend(
+            query[0][:, bucket.queries].transpose(0, 1),
+            key[0][:, bucket.keys].transpose(0, 1),
+            value[0][:, bucket.keys].transpose(0, 1),
+            mask,
+            False,
+        )
+        outputs.append(found.transpose(1, 2).reshape(-1, heads, width))
+    return torch.cat(outputs)[align_layout.home][None], None
 
 
 def explicit_attention(

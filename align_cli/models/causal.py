@@ -133,7 +133,7 @@ def _padded_logits(network: nn.Module, batch: MicroBatch) -> Tensor:
     ids: list[Tensor] = []
     keep: list[Tensor] = []
     row = batch.input_ids[0]
-    for span in batch.layout:
+    for span in batch.layout.spans:
         start = span.start + span.prompt
         for length in span.responses:
             ids.append(torch.cat([row[span.start : span.start + span.prompt], row[start : start + length]]))
