@@ -209,7 +209,7 @@ def test_a_process_killed_at_any_moment_loses_no_committed_checkpoint(tmp_path: 
             host.stdin.write("save\n")
             saver, started = map(int, host.stdout.readline().split())
             assert started >= seen
-            # every second saver gets to commit once, however slow the machine is; the others may die in their first save
+            # every second saver gets to commit, however slow the machine is; the others may die in their first save
             until = seen + trial % 2
             deadline = time.monotonic() + 0.05 * generator.random()
             while time.monotonic() < deadline or seen < until:

@@ -195,8 +195,8 @@ def environment(checkout: Path, extras: str) -> list[str]:
 
 
 def test_the_scripts_install_once_and_again_only_after_a_change(checkout: Path) -> None:
-    torch, rest = environment(checkout, "test,peers")
-    assert torch.endswith(" torch==2.13.0")
+    *torch, rest = environment(checkout, "test,peers")
+    assert any(re.search(r" torch==2\.13\.0(\+cpu)?$", line) for line in torch)
     assert f"--editable {checkout}[test,peers] --constraint {checkout}/constraints.txt" in rest
     assert environment(checkout, "test,peers") == []
     assert environment(checkout, "") == []  # the core is there too
