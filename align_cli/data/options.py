@@ -43,7 +43,7 @@ class Data:
         format: the schema of the rows; auto lets `name` decide (`file` detects it, row by row).
         responses: the most responses to keep of a prompt; None keeps all.
         keep: which ones, where there are more.
-        pairs: how two responses are chosen for algorithms that compare two; None where the data has two.
+        pairs: how algorithms that compare two choose them; None where the data has two. Others do not look at it.
         template: chat writes prompts with the tokenizer's chat template, text joins prompt and response as they are;
             auto is chat where the tokenizer has a template.
         system: a system message for dialogues without one.

@@ -269,7 +269,7 @@ class Build:
         self.shortest: int | None = None
 
     def run(self, folder: Path, source: Rows, held_out: Rows | None) -> None:
-        self.say(f"reading {source.name}, writing its dialogues with the {self.template.name} template")
+        self.say(f"reading {source.name} with the {self.template.name} template")
         with Shelf(folder) as shelf:
             self.read(shelf, source, limit=self.data.limit)
             of_split = len(shelf.prompts)
@@ -345,7 +345,8 @@ class Build:
                 f"{record.where}: {len(record.ratings)} responses for an algorithm that compares two. "
                 "Set data.pairs to best_random, best_worst or all."
             )
-        kept = choose(record, responses=data.responses, keep=data.keep, pairs=data.pairs, seed=self.seed)
+        pairs = data.pairs if self.pairwise else None
+        kept = choose(record, responses=data.responses, keep=data.keep, pairs=pairs, seed=self.seed)
         if kept is None or (self.pairwise and len(set(kept.ratings)) < 2):
             self.counts["without_preference"] += 1
             return None
@@ -388,7 +389,7 @@ class Build:
             )
         if counts["without_preference"]:
             raise UserError(
-                f"no row of {source.name} prefers one response to another, and the algorithm or data.pairs needs that. "
+                f"no row of {source.name} prefers one response to another, and the algorithm compares two. "
                 "Give ratings that differ, or choose an algorithm that does not compare."
             )
         raise UserError(f"all {counts['rows']} rows of {source.name} are malformed; the first: {self.reasons[0]}.")

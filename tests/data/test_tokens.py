@@ -3,7 +3,7 @@ import re
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from align_cli.data.records import Message, Record, RowError
 from align_cli.data.tokens import Template, Tokenised, identity
@@ -59,10 +59,23 @@ def text(tokenizer: PreTrainedTokenizerBase) -> Template:
 
 def own_ids(tokenizer: PreTrainedTokenizerBase, turns: list[Message], *, prompt: bool) -> list[int]:
     """What the tokenizer's own `apply_chat_template` gives, with the one begin-of-sequence token."""
-    ids = tokenizer.apply_chat_template([dict(turn) for turn in turns], add_generation_prompt=prompt, return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        [{"role": turn["role"], "content": turn["content"]} for turn in turns],
+        add_generation_prompt=prompt,
+        return_dict=False,
+    )
     assert isinstance(ids, list)
-    puts_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return [tokenizer.bos_token_id, *ids] if puts_bos and ids[0] != tokenizer.bos_token_id else ids
+    whole = [token for token in ids if isinstance(token, int)]
+    return [begin(tokenizer), *whole] if puts_begin(tokenizer) and whole[0] != begin(tokenizer) else whole
+
+
+def begin(tokenizer: PreTrainedTokenizerBase) -> int:
+    assert isinstance(tokenizer.bos_token_id, int)
+    return tokenizer.bos_token_id
+
+
+def puts_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def agrees_with_the_tokenizers_own(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
@@ -111,7 +124,9 @@ def test_what_looks_like_a_special_token_in_a_text_stays_text(
     tokenizer: PreTrainedTokenizerBase, chat_template: str, asked: str, answer: str
 ) -> None:
     template = chat(tokenizer, chat_template)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    added = tokenizer.get_added_vocab()
+    special = set(tokenizer.all_special_ids) | set(added.values())
     clean, tokenised = (
         tokenise(template, record(prompt, response)) for prompt, response in [("cat", "rat"), (asked, answer)]
     )
@@ -144,18 +159,18 @@ def test_a_token_that_reaches_across_the_border_is_cut(tokenizer: PreTrainedToke
     tokenised = tokenise(text(tokenizer), record("the c", "at"))
     [cut] = tokenised.responses
     assert (tokenised.prompt + cut)[-1 - len(whole) : -1] != whole  # else nothing reached across
-    assert tokenizer.decode(tokenised.prompt).removeprefix("<s>").lstrip() == "the c"
+    assert str(tokenizer.decode(tokenised.prompt)).removeprefix("<s>").lstrip() == "the c"
     assert tokenizer.decode(cut) == "at</s>"
 
 
 def test_there_is_one_begin_of_sequence_token_if_the_tokenizer_puts_one(
     tokenizer: PreTrainedTokenizerBase, chat_template: str
 ) -> None:
-    puts_one = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    puts_one = puts_begin(tokenizer)
     writes_one = "bos_token" in chat_template
     tokenised = tokenise(chat(tokenizer, chat_template), record("cat", "rat"))
-    assert tokenised.prompt.count(tokenizer.bos_token_id) == (1 if puts_one or writes_one else 0)
-    assert tokenise(text(tokenizer), record("cat", "rat")).prompt.count(tokenizer.bos_token_id) == int(puts_one)
+    assert tokenised.prompt.count(begin(tokenizer)) == (1 if puts_one or writes_one else 0)
+    assert tokenise(text(tokenizer), record("cat", "rat")).prompt.count(begin(tokenizer)) == int(puts_one)
 
 
 def test_a_template_that_strips_texts_is_followed(tokenizer: PreTrainedTokenizerBase) -> None:
