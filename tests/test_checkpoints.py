@@ -128,6 +128,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
         (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:-20])
     else:
         (newest / "manifest.json").unlink()
+    # sizes are compared at once, hashes when a checkpoint is to be loaded
+    assert [checkpoint.step for checkpoint in committed(tmp_path)] == ([2, 1] if damage == "flip" else [1])
     found = store.latest()
     assert found is not None and found.step == 1
     assert "step_00000002 is damaged" in capsys.readouterr().err
