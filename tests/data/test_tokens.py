@@ -163,6 +163,12 @@ def test_a_token_that_reaches_across_the_border_is_cut(tokenizer: PreTrainedToke
     assert tokenizer.decode(cut) == "at</s>"
 
 
+def test_the_space_at_the_end_of_a_prompt_is_not_the_responses_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenised = tokenise(text(tokenizer), record("the ", "cat"))
+    assert str(tokenizer.decode(tokenised.prompt)).endswith("the ")
+    assert tokenizer.decode(tokenised.responses[0]) == "cat</s>"
+
+
 def test_there_is_one_begin_of_sequence_token_if_the_tokenizer_puts_one(
     tokenizer: PreTrainedTokenizerBase, chat_template: str
 ) -> None:
