@@ -70,6 +70,15 @@ def test_every_sample_ended_and_is_scored(tmp_path: Path):
         assert all(completions)
 
 
+def test_problems_with_a_response_that_was_cut_are_left_out(tmp_path: Path):
+    said: list[str] = []
+    short = replace(SMALL, max_new_tokens=40)
+    world = prepare(short, cache=tmp_path, train_sft=no_training, say=said.append, progress=quiet)
+    left_out = 20 - len(rows(world.samples))
+    assert 0 < left_out < 20
+    assert any(line.startswith(f"{left_out} of 20 problems left out") for line in said)
+
+
 def test_a_world_is_made_once_and_is_the_same_anywhere(tmp_path: Path):
     calls: list[Path] = []
 
