@@ -75,7 +75,8 @@ def test_problems_with_a_response_that_was_cut_are_left_out(tmp_path: Path):
     short = replace(SMALL, max_new_tokens=40)
     world = prepare(short, cache=tmp_path, train_sft=no_training, say=said.append, progress=quiet)
     left_out = 20 - len(rows(world.samples))
-    assert 0 < left_out < 20
+    # Two responses end within 40 of 47 equally likely tokens with probability 0.33, at least one of them with 0.82.
+    assert 8 < left_out < 20
     assert any(line.startswith(f"{left_out} of 20 problems left out") for line in said)
 
 
