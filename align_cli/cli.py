@@ -51,6 +51,7 @@ def dispatch(argv: list[str]) -> int:
     name = argv[0]
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command.{did_you_mean(name, list(COMMANDS))} See align --help.")
+    terminal.quiet_libraries()
     command = importlib.import_module(f"align_cli.commands.{COMMANDS[name]}")
     return command.main(argv if COMMANDS[name] == "listing" else argv[1:])
 

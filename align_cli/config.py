@@ -109,7 +109,9 @@ def _refuse_hydra_node(composed: Any, plain: Any) -> None:
     ours = ("runtime", "overrides", "job", "searchpath")
     for key in composed:
         if key not in ours and composed[key] != plain[key]:
-            raise UserError(f"hydra.{key} is set by a chosen file; Hydra's own settings are fixed, they could run code.")
+            raise UserError(
+                f"hydra.{key} is set by a chosen file; Hydra's own settings are fixed, they could run code."
+            )
 
 
 def _lift(override: str, groups: Mapping[str, Sequence[str]]) -> str:
@@ -128,7 +130,9 @@ def _explain(error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
     if missing and missing["group"].split("/")[0] in groups:
         group = missing["group"].split("/")[0]
         name = missing[0][len("Could not find '") + len(group) + 1 : -1]
-        return f"{group}={name}: no such choice.{did_you_mean(name, groups[group])} It can be {', '.join(groups[group])}."
+        return (
+            f"{group}={name}: no such choice.{did_you_mean(name, groups[group])} It can be {', '.join(groups[group])}."
+        )
     return text
 
 

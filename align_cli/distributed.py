@@ -1,6 +1,9 @@
 """The ranks of a run: who this process is, and the few things that ranks say to each other."""
 
+import ctypes
 import os
+import signal
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +31,7 @@ def local_device(accelerator: str) -> torch.device:
         accelerator: `gpu`, `cpu`, or `auto` for a GPU where there is one.
     """
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the first import of deepspeed
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -40,7 +44,15 @@ def join(device: torch.device) -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however it ends (Linux only)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def leave() -> None:

@@ -6,7 +6,6 @@ global count gets the same gradient however the step is split.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -191,14 +190,15 @@ class TorchEngine(Engine):
 
 def deepspeed_config(options: EngineOptions, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
     """The whole DeepSpeed configuration; what changed its default in 2026 is written out."""
-    precise = options.dtype(device) == torch.bfloat16
+    low = options.dtype(device) == torch.bfloat16
+    unclipped = optimizer.max_grad_norm is None or (options.stage == 0 and not low)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # A step has as many micro-batches as its tokens need; `step()` is the boundary.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": 0.0 if optimizer.max_grad_norm is None else optimizer.max_grad_norm,
-        "bf16": {"enabled": precise, "check_grad_overflow": False},
+        "gradient_clipping": 0.0 if unclipped else optimizer.max_grad_norm,
+        "bf16": {"enabled": low, "check_grad_overflow": False},
         "fp16": {"enabled": False},
         "zero_optimization": {
             "stage": options.stage,
@@ -209,7 +209,7 @@ def deepspeed_config(options: EngineOptions, optimizer: Optimizer, device: torch
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    if precise:
+    if low:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
@@ -235,6 +235,13 @@ class DeepSpeedEngine(Engine):
         self.stage = config["zero_optimization"]["stage"]
         self.max_grad_norm = optimizer.max_grad_norm
         self.optimizer = adamw(trainable(network), optimizer)
+        self.norm: Tensor | None = None
+        if device.type == "cpu":
+            # gloo does without this operator, which would ask for a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if config["gradient_clipping"] == 0.0:
+            # DeepSpeed tells no norm where it does not clip, nor at stage 0 in fp32.
+            self.optimizer.register_step_pre_hook(self._clip)
         self.engine, *_ = deepspeed.initialize(
             model=network, optimizer=self.optimizer, config=config, dist_init_required=False
         )
@@ -249,22 +256,14 @@ class DeepSpeedEngine(Engine):
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norms: list[Tensor] = []
-        # Stage 0 in fp32 clips without telling the norm.
-        hook = self._watch_norm(norms.append) if self.stage == 0 else None
         self.engine.step()
-        if hook is not None:
-            hook()
-        norm = norms[0] if norms else self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        norm = self.norm if self.norm is not None else self.engine.get_global_grad_norm()
+        return float(norm)
 
-    def _watch_norm(self, tell: Callable[[Tensor], None]) -> Callable[[], None]:
-        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            tell(nn.utils.get_total_norm(gradients))
-
-        handle = self.optimizer.register_step_pre_hook(before)
-        return handle.remove
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        self.norm = nn.utils.clip_grad_norm_(parameters, limit)
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
@@ -273,8 +272,8 @@ class DeepSpeedEngine(Engine):
         self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
 
     def weights(self) -> dict[str, Tensor]:
-        wanted = trainable(self.network) if isinstance(self.network, PeftModel) else dict(
-            self.network.named_parameters()
+        wanted = (
+            trainable(self.network) if isinstance(self.network, PeftModel) else dict(self.network.named_parameters())
         )
         if self.stage != 3:
             return {n: p.detach().cpu() for n, p in wanted.items()} if distributed.rank() == 0 else {}

@@ -66,6 +66,7 @@ class Launch:
     name: Literal["local", "prepare"]
     devices: Count | None
     accelerator: Literal["auto", "cpu", "gpu"]
+    memory_gb: Positive | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,10 +265,11 @@ def _meaningless(tree: Tree, loss: Loss, link: Any) -> list[str]:
             f"algo={algorithm} divergence={tree['divergence']['name']}: its f' is finite at 0, so the optimal policy "
             "may leave responses out and the reward is no function of π/π_ref."
         )
-    if "pairs" in asked and data["pairs"] is None and data["responses"] != 2:
-        given = data["responses"] if data["responses"] is not None else "every response"
+    # Where neither key tells, the rows themselves do (`align_cli.data.store`).
+    given = data["responses"] or (data["expected"] or {}).get("responses", 2)
+    if "pairs" in asked and data["pairs"] is None and given != 2:
         problems.append(
-            f"algo={algorithm} compares two responses; data.responses={given}. Choose data.pairs=best_random, "
+            f"algo={algorithm} compares two responses; data={data['name']} gives {given}. Choose data.pairs=best_random, "
             "best_worst or all (each response is scored once), or data.responses=2."
         )
     if "pairs" in asked and reward == "smoothed":
@@ -301,7 +303,9 @@ def _meaningless_settings(sections: Mapping[str, Any], tree: Tree) -> list[str]:
     if adapter.bits is not None and engine.name == "zero3":
         problems.append("adapter=qlora engine=zero3: 4-bit weights cannot be partitioned. Use engine=zero2.")
     if tree["reference"]["name"] == "adapter" and adapter.rank is None:
-        problems.append("reference=adapter switches adapters off; there are none. Use adapter=lora or reference=cached.")
+        problems.append(
+            "reference=adapter switches adapters off; there are none. Use adapter=lora or reference=cached."
+        )
     if (adapter.rank is None) != (adapter.scale is None) or (adapter.rank is None) != (adapter.targets is None):
         problems.append("adapter: rank, scale and targets belong together; adapter=lora sets them.")
     if len(sections["optimizer"].betas) != 2:

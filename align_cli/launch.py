@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from align_cli import distributed, experiment, exits, rundir, terminal
+from align_cli import distributed, experiment, exits, rundir, terminal, worker
 from align_cli.checkpoints import committed
 from align_cli.config import Tree
 from align_cli.errors import UserError
@@ -53,7 +53,7 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
         )
     run_dir = Path(checked.run.dir)
     claimable(run_dir)
-    with rundir.lock(run_dir):
+    with rundir.lock(run_dir) as held:
         if finished(checked, run_dir):
             return exits.DONE
         prepared = prepare(checked)
@@ -65,7 +65,7 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
             terminal.result(f"prepared {run_dir} for {ranks} rank(s). On each node, with its own addresses:")
             terminal.result(f"  torchrun --nnodes=N --nproc-per-node=M ... -m align_cli.worker {run_dir}")
             return exits.DONE
-        code = inline(prepared, run_dir) if ranks == 1 else spawn(run_dir, ranks)
+        code = inline(prepared, run_dir) if ranks == 1 else spawn(run_dir, ranks, held)
     if code == exits.DONE:
         conclude(run_dir)
     return code
@@ -128,8 +128,11 @@ def inline(prepared: Prepared, run_dir: Path) -> int:
     return exits.DONE
 
 
-def spawn(run_dir: Path, ranks: int) -> int:
+def spawn(run_dir: Path, ranks: int, held: int) -> int:
     """Start a process for each rank on this machine and wait; rank 0 speaks, the others write into RUN/ranks/.
+
+    Args:
+        held: descriptor of the directory's lock, which the ranks keep while they live.
 
     Returns:
         0 if all ranks ended well, else the first failing rank's code; the other ranks are then stopped.
@@ -149,7 +152,8 @@ def spawn(run_dir: Path, ranks: int) -> int:
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "align_cli.worker", str(run_dir)],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), worker.LOCKED: "yes"},
+                    pass_fds=(held,),
                     stdout=None if rank == 0 else log,
                     stderr=None if rank == 0 else log,
                     start_new_session=True,

@@ -82,9 +82,7 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
     problems = None
     if experiment.world is not None and "world" in (experiment.model.path, experiment.data.path):
         with terminal.counter() as progress:
-            made = world.prepare(
-                experiment.world, cache=paths.cache(), train_sft=_imitate, say=say, progress=progress
-            )
+            made = world.prepare(experiment.world, cache=paths.cache(), train_sft=_imitate, say=say, progress=progress)
         problems = made.held_out
         if experiment.model.path == "world":
             experiment = replace(experiment, model=replace(experiment.model, path=str(made.model)))

@@ -73,10 +73,11 @@ def holder(run_dir: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
+def lock(run_dir: Path) -> Iterator[int]:
     """Use a run directory alone.
 
     The kernel releases the lock when its process ends, however it ends, so that a killed run leaves no stale lock.
+    Processes that inherit the descriptor that this yields hold the lock, too.
 
     Raises:
         UserError: another process is using it.
@@ -94,7 +95,7 @@ def lock(run_dir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        yield file.fileno()
         file.truncate(0)
 
 

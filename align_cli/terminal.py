@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -46,6 +47,12 @@ def warn(text: str) -> None:
 def error(text: str) -> None:
     """The line that a command ends with when it fails: standard error."""
     say(f"{paint('error:', 'red', sys.stderr)} {text}")
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say about their own future out of the user's output."""
+    for library in ("torch", "transformers", "peft", "accelerate", "deepspeed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\b")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The loop: draw a step, fill its columns, measure the policy, evaluate the loss, update.
 
-    source -> columns -> policy log-probabilities -> loss -> / global count -> step
+source -> columns -> policy log-probabilities -> loss -> / global count -> step
 """
 
 import math

@@ -5,10 +5,13 @@ The resolved configuration in the run directory says everything; Hydra is not im
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from align_cli import exits, terminal
+from align_cli import distributed, exits, rundir, terminal
 from align_cli.errors import UserError
+
+LOCKED = "ALIGN_RUN_IS_LOCKED"  # set by `align train`, whose lock on the run directory this process has inherited
 
 
 def main(argv: list[str]) -> int:
@@ -23,7 +26,9 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1:
         terminal.error("usage: python -m align_cli.worker RUN, a directory that align train launch=prepare has made")
         return exits.USER
-    adopt_slurm()
+    terminal.quiet_libraries()
+    if LOCKED in os.environ:
+        distributed.die_with_parent()
     return exits.guarded(lambda: work(Path(argv[0])))
 
 
@@ -45,8 +50,15 @@ def adopt_slurm() -> None:
 
 
 def work(run_dir: Path) -> int:
-    """Join the other ranks and run."""
-    from align_cli import distributed, experiment, rundir
+    """Join the other ranks and run; rank 0 claims the directory where `align train` has not done so."""
+    adopt_slurm()
+    free = os.environ.get("RANK", "0") == "0" and LOCKED not in os.environ
+    with rundir.lock(run_dir) if free else nullcontext():
+        return _work(run_dir)
+
+
+def _work(run_dir: Path) -> int:
+    from align_cli import experiment
     from align_cli.run import prepare, run
 
     plan = experiment.read(rundir.read_config(run_dir))

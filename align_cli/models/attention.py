@@ -17,6 +17,7 @@ from align_cli.data.batches import Layout
 
 NAME = "align_shared"
 
+
 def register() -> None:
     """Make `attn_implementation="align_shared"` known to transformers."""
     AttentionInterface.register(NAME, shared_attention)

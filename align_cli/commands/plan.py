@@ -1,0 +1,164 @@
+"""`align plan`: what a run would do, from its configuration alone. No weights, no data, no network."""
+
+import math
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from align_cli import experiment, exits, memory
+from align_cli.commands import arguments
+from align_cli.experiment import Experiment
+
+
+def main(argv: list[str]) -> int:
+    """`plan [key=value ...]`; returns 0 if the run fits, 1 if it does not."""
+    tree = arguments.parse(argv).compose()
+    tree["run"]["dir"] = tree["run"]["dir"] or "runs/<time>"
+    checked = experiment.read(tree)
+    console = Console()
+    console.print(way(checked), soft_wrap=True, markup=False, highlight=False)
+    console.print(columns_table(checked))
+    for line in schedule(checked):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    fits = report_memory(checked, console)
+    return exits.DONE if fits else exits.FAILED
+
+
+def way(checked: Experiment) -> str:
+    """The files that a batch passes through, in order."""
+    made = ", ".join(checked.made) or "nothing"
+    return (
+        f"data/{checked.data.name} -> data/tokens -> data/store -> data/batches -> columns ({made}) -> engine.measure "
+        f"({checked.engine.name}) -> losses/{checked.algorithm} -> engine.backward, engine.step -> tracking"
+    )
+
+
+def columns_table(checked: Experiment) -> Table:
+    """Each column that the loss needs, what it is, and who makes it."""
+    from align_cli.columns import GLOSSARY
+
+    table = Table("column", "what", "from", title=f"columns of {checked.algorithm}", title_justify="left")
+    for name, maker in experiment.column_makers(checked).items():
+        table.add_row(name, GLOSSARY[name], maker)
+    return table
+
+
+def sizes(checked: Experiment) -> dict[str, float]:
+    """Mean sizes of the data as its YAML states them: prompts, tokens of a prompt and of a response, K."""
+    expected = checked.data.expected or {}
+    kept = checked.data.responses or expected.get("responses", 2)
+    if checked.pairwise and checked.data.pairs in ("best_random", "best_worst"):
+        kept = 2
+    return {**expected, "responses": float(min(kept, expected.get("responses", kept)))}
+
+
+def schedule(checked: Experiment) -> list[str]:
+    """Steps and tokens, as far as the data's YAML states its size."""
+    size = sizes(checked)
+    train = checked.train
+    if "prompts" not in size:
+        steps = f"{train.steps} optimizer steps" if train.steps else f"{train.epochs} epoch(s); steps follow the data"
+        return [f"{steps} of {train.prompts} prompts; the size of {checked.data.path} is known when it is read"]
+    prompts = int(size["prompts"]) if checked.data.limit is None else min(int(size["prompts"]), checked.data.limit)
+    steps = train.steps or train.epochs * math.ceil(prompts / train.prompts)
+    group = size["prompt_tokens"] + size["responses"] * size["response_tokens"]
+    copies = size["responses"] * (size["prompt_tokens"] + size["response_tokens"])
+    per_step = train.prompts * group
+    parts = max(experiment.devices(checked), math.ceil(per_step / checked.engine.micro_tokens))
+    return [
+        f"{steps} optimizer steps of {train.prompts} prompts x {size['responses']:.0f} responses, "
+        f"about {prompts} prompts x {train.epochs} epoch(s)",
+        f"about {per_step:,.0f} tokens a step in at least {parts} micro-batches over {experiment.devices(checked)} "
+        f"rank(s), {steps * per_step:,.0f} in all; a prompt counts once, {copies / group:.2f} times fewer than with a "
+        "copy of it for each response",
+    ]
+
+
+def terms(checked: Experiment, shape: memory.Shape) -> dict[str, float]:
+    """Bytes on one device, by term."""
+    size = sizes(checked)
+    share = 1.0
+    if "prompt_tokens" in size:
+        responses = size["responses"] * size["response_tokens"]
+        share = responses / (responses + size["prompt_tokens"])
+    return memory.per_device(
+        shape,
+        checked.engine,
+        dtype=_dtype(checked),
+        ranks=experiment.devices(checked),
+        response_share=share,
+        frozen_reference="reference" in checked.made and checked.reference.name == "frozen",
+        frozen_bits=checked.adapter.bits,
+    )
+
+
+def on_gpu(checked: Experiment) -> bool:
+    """Whether the plan is for GPUs: this machine has one, or the model is none that a CPU would train."""
+    if checked.launch.accelerator != "auto":
+        return checked.launch.accelerator == "gpu"
+    return torch.cuda.is_available() or checked.model.architecture is not None
+
+
+def _dtype(checked: Experiment) -> torch.dtype:
+    return checked.engine.dtype(torch.device("cuda" if on_gpu(checked) else "cpu"))
+
+
+def report_memory(checked: Experiment, console: Console) -> bool:
+    """Print the memory by term and, where it does not fit, what would help; returns whether it fits."""
+    if checked.model.path == "world":
+        console.print("memory: the embedded world's model is made on first use; it needs less than 2 GB")
+        return True
+    shape = memory.shape(checked.model, checked.adapter)
+    there, source = memory.device_bytes(checked.launch.memory_gb, gpu=on_gpu(checked))
+    found = terms(checked, shape)
+    total = sum(found.values())
+    kind = "GPU" if on_gpu(checked) else "CPU"
+    table = Table("term", "GB", title=f"memory of each {kind} rank", title_justify="left")
+    for name, value in found.items():
+        table.add_row(name, f"{value / 1e9:.2f}")
+    table.add_row("total", f"{total / 1e9:.2f}", style="bold")
+    console.print(table)
+    console.print(
+        f"{shape.parameters:,} weights, {shape.trained:,} trained, in {str(_dtype(checked)).removeprefix('torch.')}; "
+        f"a device has {there / 1e9:.0f} GB ({source})",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    if total <= there:
+        console.print(f"fits, with {(there - total) / 1e9:.1f} GB to spare")
+        return True
+    console.print(f"does not fit, by {(total - there) / 1e9:.1f} GB. What would help:")
+    for change, needed in remedies(checked, shape, there):
+        verdict = "fits" if needed <= there else "not enough alone"
+        console.print(f"  {change}: {needed / 1e9:.1f} GB, {verdict}", markup=False, highlight=False)
+    return False
+
+
+def remedies(checked: Experiment, shape: memory.Shape, there: float) -> list[tuple[str, float]]:
+    """Changes that need less memory, the most effective first, with the bytes that remain; `there` are available."""
+    engine, launch = checked.engine, checked.launch
+    tried = {
+        "engine.gradient_checkpointing=true": replace(checked, engine=replace(engine, gradient_checkpointing=True)),
+        f"engine.micro_tokens={engine.micro_tokens // 4}": replace(
+            checked, engine=replace(engine, micro_tokens=max(1, engine.micro_tokens // 4))
+        ),
+        "engine=zero3": replace(checked, engine=replace(engine, name="zero3")),
+        "reference=cached": replace(checked, reference=replace(checked.reference, name="cached")),
+    }
+    found = {change: sum(terms(other, shape).values()) for change, other in tried.items()}
+    if checked.adapter.rank is None:
+        lora = replace(checked.adapter, name="lora", rank=16, scale=16.0, targets="all-linear")
+        lighter = memory.shape(checked.model, lora)
+        found["adapter=lora"] = sum(terms(replace(checked, adapter=lora), lighter).values())
+    light = replace(engine, name="zero3", gradient_checkpointing=True)
+    for power in range(11):
+        spread = replace(checked, engine=light, launch=replace(launch, devices=2**power))
+        needed = sum(terms(spread, shape).values())
+        if needed <= there:
+            found[f"engine=zero3 engine.gradient_checkpointing=true launch.devices={2**power}"] = needed
+            break
+    now = sum(terms(checked, shape).values())
+    return sorted(((c, needed) for c, needed in found.items() if needed < 0.99 * now), key=lambda it: it[1])
