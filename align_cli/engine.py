@@ -218,7 +218,7 @@ def keep_zero3_alive(config: dict[str, Any]) -> object | None:
     """Partition every model that is loaded while the result lives; None below stage 3."""
     if config["zero_optimization"]["stage"] != 3:
         return None
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(config)
 
@@ -258,6 +258,7 @@ class DeepSpeedEngine(Engine):
             group["lr"] = lr
         self.engine.step()
         norm = self.norm if self.norm is not None else self.engine.get_global_grad_norm()
+        assert norm is not None, "DeepSpeed tells the norm wherever it clips"
         return float(norm)
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

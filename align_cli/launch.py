@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from align_cli import distributed, experiment, exits, rundir, terminal, worker
+from align_cli import distributed, exits, experiment, rundir, terminal, worker
 from align_cli.checkpoints import committed
 from align_cli.config import Tree
 from align_cli.errors import UserError

@@ -9,6 +9,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,6 @@ def mismatched(groups: Sequence[Group]) -> list[Group]:
     """Each prompt with the first response of the next one, K = 1."""
     following = [*groups[1:], groups[0]]
     return [
-        Group(index=own.index, prompt=own.prompt, responses=(other.responses[0],), ratings=own.ratings[:1])
+        replace(own, responses=(other.responses[0],), ratings=own.ratings[:1])
         for own, other in zip(groups, following, strict=True)
     ]

@@ -309,7 +309,7 @@ def _evaluate(prepared: Prepared, engine: Engine, method: Method) -> tuple[dict[
     rows = [json.loads(line) for line in prepared.problems.read_text(encoding="utf-8").splitlines()]
     # Under ZeRO-3 every forward pass is a collective, so all ranks sample, and sample the same.
     judged = evaluate.exact_match(
-        engine.network,
+        engine.network,  # pyright: ignore[reportArgumentType]  generation works through adapters as well
         prepared.tokenizer,
         [row["prompt"] for row in rows[: experiment.eval.prompts]],
         toy.score,

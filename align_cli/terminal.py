@@ -50,9 +50,10 @@ def error(text: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep what libraries say about their own future out of the user's output."""
+    """Keep what libraries say about themselves out of the user's output."""
     for library in ("torch", "transformers", "peft", "accelerate", "deepspeed"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\b")
+        for category in (FutureWarning, RuntimeWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"{library}\b")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from align_cli import experiment, exits, memory
+from align_cli import exits, experiment, memory
 from align_cli.commands import arguments
 from align_cli.experiment import Experiment
 
@@ -133,7 +133,7 @@ def report_memory(checked: Experiment, console: Console) -> bool:
     console.print(f"does not fit, by {(total - there) / 1e9:.1f} GB. What would help:")
     for change, needed in remedies(checked, shape, there):
         verdict = "fits" if needed <= there else "not enough alone"
-        console.print(f"  {change}: {needed / 1e9:.1f} GB, {verdict}", markup=False, highlight=False)
+        console.print(f"  {change}: {needed / 1e9:.1f} GB, {verdict}", soft_wrap=True, markup=False, highlight=False)
     return False
 
 

@@ -76,7 +76,7 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 def takes_flat_rows(config: Any) -> bool:
     """Whether the architecture sends its attention through transformers' interface."""
     try:
-        architecture = AutoModelForCausalLM._model_mapping[type(config)]
+        architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError as error:
         raise UserError(f"model type '{config.model_type}' is no causal language model of transformers.") from error
     return bool(architecture._supports_attention_backend)
