@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 TIMEOUT = timedelta(minutes=60)  # one rank may evaluate or export for long while the others wait
 
@@ -45,7 +46,7 @@ def join(device: torch.device) -> None:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
 
 
 def die_with_parent() -> None:

@@ -97,7 +97,7 @@ class Engine(ABC):
         if distributed.rank() == 0:
             if isinstance(self.network, PeftModel):
                 weights = get_peft_model_state_dict(self.network, state_dict=weights)
-            self.network.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+            self.network.save_pretrained(str(folder), state_dict=weights, safe_serialization=True)
         distributed.barrier()
 
 

@@ -269,8 +269,8 @@ def _meaningless(tree: Tree, loss: Loss, link: Any) -> list[str]:
     given = data["responses"] or (data["expected"] or {}).get("responses", 2)
     if "pairs" in asked and data["pairs"] is None and given != 2:
         problems.append(
-            f"algo={algorithm} compares two responses; data={data['name']} gives {given}. Choose data.pairs=best_random, "
-            "best_worst or all (each response is scored once), or data.responses=2."
+            f"algo={algorithm} compares two responses; data={data['name']} gives {given}. Choose "
+            "data.pairs=best_random, best_worst or all (each response is scored once), or data.responses=2."
         )
     if "pairs" in asked and reward == "smoothed":
         problems.append(
