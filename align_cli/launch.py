@@ -52,6 +52,7 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
             "start `python -m align_cli.worker RUN`."
         )
     run_dir = Path(checked.run.dir)
+    device = distributed.local_device(checked.launch.accelerator)
     claimable(run_dir)
     with rundir.lock(run_dir) as held:
         if finished(checked, run_dir):
@@ -59,7 +60,6 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
         prepared = prepare(checked)
         rundir.write_config(run_dir, tree)
         ranks = experiment.devices(checked)
-        device = distributed.local_device(checked.launch.accelerator)
         rundir.write_env(run_dir, device=str(device.type), ranks=ranks, command=command)
         if checked.launch.name == "prepare":
             terminal.result(f"prepared {run_dir} for {ranks} rank(s). On each node, with its own addresses:")

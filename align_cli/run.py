@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from align_cli import config, distributed, evaluate, paths, rundir, terminal, world
 from align_cli.checkpoints import Checkpoints
@@ -65,6 +66,7 @@ def prepare(experiment: Experiment) -> Prepared:
     Raises:
         UserError: model or data cannot be read, or the data has nothing to learn from.
     """
+    transformers_logging.disable_progress_bar()
     leader = os.environ.get("LOCAL_RANK", "0") == "0"
     if not leader:
         distributed.barrier()
