@@ -1,0 +1,39 @@
+"""What the tests share: a cache of their own, and runs that take a second (`small_runs`)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import small_runs
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's cache or Weights & Biases account, and none takes all cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of random weights with its tokenizer."""
+    return small_runs.build_model(tmp_path_factory.mktemp("models") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="session")
+def ragged_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts with 2 and with 4 scored completions."""
+    return small_runs.write_rows(tmp_path_factory.mktemp("rows") / "ragged.jsonl", responses=(2, 4, 4), rows=26)
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts with 2 scored completions."""
+    return small_runs.write_rows(tmp_path_factory.mktemp("rows") / "pairs.jsonl", responses=(2,), rows=26)

@@ -1,0 +1,105 @@
+"""Runs that take a second: a language model of 30,000 random weights, and a few rows of the addition task."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from align_cli import cli, config, exits, experiment
+from align_cli.data import toy
+from align_cli.data.store import Group
+from align_cli.experiment import Experiment
+from align_cli.models import tiny
+from align_cli.tracking import read_metrics
+
+SETTINGS = (
+    "model=hf",
+    "data=file",
+    "data.template=text",
+    "data.held_out=6",
+    "train.steps=20",
+    "train.prompts=4",
+    "train.lr=1e-3",
+    "track=none",
+    "launch.accelerator=cpu",
+)
+
+
+def build_model(folder: Path, *, seed: int) -> Path:
+    """A tiny Llama that knows the characters of the addition task."""
+    tiny.build(folder, alphabet=toy.ALPHABET, hidden=32, layers=2, heads=2, positions=128, seed=seed)
+    return folder
+
+
+def write_rows(path: Path, *, responses: Sequence[int], rows: int) -> Path:
+    """JSONL of problems with distinct scored completions; their numbers go round in `responses`."""
+    rng = random.Random(0)
+    lines: list[str] = []
+    for place, prompt in zip(range(rows), toy.problems(0, 2), strict=False):
+        completions: list[str] = []
+        while len(completions) < responses[place % len(responses)]:
+            text = toy.demonstrate(prompt, toy.behaviour(rng), rng)
+            if text not in completions:
+                completions.append(text)
+        # no two responses of a prompt are equally good
+        rewards = [toy.score(prompt, text) + 0.001 * k for k, text in enumerate(completions)]
+        lines.append(json.dumps({"prompt": prompt, "completions": completions, "rewards": rewards}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def overrides(model: Path, rows: Path, run_dir: Path, *more: str) -> list[str]:
+    """The command line of a small run, without `align train`."""
+    return [*SETTINGS, f"model.path={model}", f"data.path={rows}", f"run.dir={run_dir}", *more]
+
+
+def align(*arguments: str) -> int:
+    """The command `align` in this process; returns its exit code."""
+    return exits.guarded(lambda: cli.dispatch(list(arguments)))
+
+
+def read(given: Sequence[str]) -> Experiment:
+    """The experiment that overrides describe."""
+    return experiment.read(config.compose("train", given))
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    """The final figures of a run."""
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The loss of each step, whose lines must be 1, 2, 3, ..."""
+    lines = read_metrics(run_dir)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def weights(run_dir: Path) -> dict[str, Tensor]:
+    """The weights that a run ends with; those of the adapter where it has one."""
+    (file,) = (run_dir / "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Between two models of the same parameters."""
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+@torch.no_grad()
+def logprobs(model: Path, group: Group) -> list[float]:
+    """log π(y_k|x) of a group, each response computed alone by transformers, in float64."""
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    found: list[float] = []
+    for response in group.responses:
+        ids = torch.tensor([[*group.prompt.tolist(), *response.tolist()]])
+        every = network(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        found.append(float(every[len(group.prompt) - 1 :].sum()))
+    return found
