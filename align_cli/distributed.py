@@ -12,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+# transformers imports DeepSpeed, which looks for a device at once and complains where there is none.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 TIMEOUT = timedelta(minutes=60)  # one rank may evaluate or export for long while the others wait
 
 
@@ -32,7 +36,6 @@ def local_device(accelerator: str) -> torch.device:
         accelerator: `gpu`, `cpu`, or `auto` for a GPU where there is one.
     """
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the first import of deepspeed
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -49,11 +52,17 @@ def join(device: torch.device) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, however it ends (Linux only)."""
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the one that started it ends, however it ends (Linux only).
+
+    Args:
+        parent: the number of the process that started this one, which may have ended already.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def leave() -> None:

@@ -5,6 +5,7 @@ gradient is the sum over all micro-batches and ranks of what `backward` was give
 global count gets the same gradient however the step is split.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,6 +215,21 @@ def deepspeed_config(options: EngineOptions, optimizer: Optimizer, device: torch
     return config
 
 
+def settle_deepspeed(device: torch.device) -> None:
+    """Have DeepSpeed use this device and keep quiet; before its first collective, which under ZeRO-3 is the loading."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type != "cpu":
+        return
+    if get_accelerator().device_name() != "cpu":  # transformers imports DeepSpeed, which takes a GPU if there is one
+        set_accelerator(CPU_Accelerator())
+    # gloo does without this operator, which would ask for a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def keep_zero3_alive(config: dict[str, Any]) -> object | None:
     """Partition every model that is loaded while the result lives; None below stage 3."""
     if config["zero_optimization"]["stage"] != 3:
@@ -236,9 +252,6 @@ class DeepSpeedEngine(Engine):
         self.max_grad_norm = optimizer.max_grad_norm
         self.optimizer = adamw(trainable(network), optimizer)
         self.norm: Tensor | None = None
-        if device.type == "cpu":
-            # gloo does without this operator, which would ask for a compiler.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if config["gradient_clipping"] == 0.0:
             # DeepSpeed tells no norm where it does not clip, nor at stage 0 in fp32.
             self.optimizer.register_step_pre_hook(self._clip)

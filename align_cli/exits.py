@@ -1,7 +1,10 @@
 """Exit codes, and how an error becomes one."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from align_cli import terminal
 from align_cli.errors import Stopped, UserError
@@ -33,3 +36,17 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.close(1)
         return DONE
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Within the block SIGTERM interrupts as Ctrl-C does, so that `guarded` ends with `STOPPED`."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from align_cli import distributed, exits, experiment, rundir, terminal, worker
 from align_cli.checkpoints import committed
 from align_cli.config import Tree
@@ -54,7 +56,7 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     run_dir = Path(checked.run.dir)
     device = distributed.local_device(checked.launch.accelerator)
     claimable(run_dir)
-    with rundir.lock(run_dir) as held:
+    with exits.terminable(), rundir.lock(run_dir) as held:
         if finished(checked, run_dir):
             return exits.DONE
         prepared = prepare(checked)
@@ -144,7 +146,7 @@ def spawn(run_dir: Path, ranks: int, held: int) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(ranks),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks))),
     }
     processes: list[subprocess.Popen[bytes]] = []
     for rank in range(ranks):
@@ -152,7 +154,7 @@ def spawn(run_dir: Path, ranks: int, held: int) -> int:
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "align_cli.worker", str(run_dir)],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), worker.LOCKED: "yes"},
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), worker.LOCKED: str(os.getpid())},
                     pass_fds=(held,),
                     stdout=None if rank == 0 else log,
                     stderr=None if rank == 0 else log,
@@ -169,12 +171,14 @@ def spawn(run_dir: Path, ranks: int, held: int) -> int:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all, passing signals on; the first failure stops the rest."""
+    """Wait for all, passing signals on; the first failure stops the rest, a second Ctrl-C kills them."""
+    asked: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGKILL if asked.count(signal.SIGINT) > 1 else signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -188,10 +192,15 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     codes = [process.returncode for process in processes]
+    if all(code == exits.DONE for code in codes):
+        return exits.DONE
+    # A rank that was not yet ready to save has ended at once, and the others with an error because it left.
+    if asked and any(code in (exits.STOPPED, -signal.SIGTERM, -signal.SIGKILL) for code in codes):
+        return exits.STOPPED
     bad = [code for code in codes if code not in (exits.DONE, exits.STOPPED, -signal.SIGTERM)]
     if bad:
         return bad[0] if bad[0] > 0 else exits.FAILED
-    return exits.STOPPED if exits.STOPPED in codes else max(codes)
+    return exits.STOPPED if exits.STOPPED in codes else exits.FAILED
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -27,6 +27,7 @@ from align_cli.engine import (
     TorchEngine,
     deepspeed_config,
     keep_zero3_alive,
+    settle_deepspeed,
 )
 from align_cli.errors import UserError
 from align_cli.experiment import Experiment, producers, read
@@ -191,6 +192,7 @@ def build_engine(experiment: Experiment, device: torch.device) -> Engine:
     if options.stage is None:
         engine: Engine = TorchEngine(_network(experiment, dtype), device, flat=flat, optimizer=experiment.optimizer)
     else:
+        settle_deepspeed(device)
         config = deepspeed_config(options, experiment.optimizer, device)
         alive = keep_zero3_alive(config)
         network = _network(experiment, dtype)

@@ -7,11 +7,13 @@ it finished before and runs only the rest.
 import hashlib
 import itertools
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +22,7 @@ from align_cli import config, exits, rundir, terminal
 from align_cli.config import Tree
 from align_cli.errors import UserError
 
+LONGEST_NAME = 160  # of a job's folder, in characters
 COLUMNS = ("loss/last", "eval/after/exact_match", "eval/after/reward", "displacement/chosen")
 
 
@@ -65,18 +68,32 @@ def jobs(overrides: Sequence[str], config_dirs: Sequence[str]) -> list[Job]:
     found: list[Job] = []
     for combination in combinations:
         swept = tuple(combination[place] for place in varying)
-        name = re.sub(r"[^\w.=,+-]", "_", ",".join(swept)) or "single"
-        plain = [o for o in combination if not re.match(r"\+*(run\.dir|sweep\.jobs)=", o)]
-        found.append(Job(tuple(plain), swept, home / name))
+        plain = [o for o in combination if not re.match(r"\+*run\.dir=", o)]
+        found.append(Job(tuple(plain), swept, home / _name(swept)))
     return found
 
 
+def _name(swept: Sequence[str]) -> str:
+    """A folder's name for swept values, another one for other values."""
+    told = ",".join(swept) or "single"
+    name = re.sub(r"[^\w.=,+-]", "_", told)
+    if name == told and len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+
+def quoted(text: str) -> str:
+    """A text that Hydra's grammar reads as it is, whatever is in it."""
+    # a backslash before a quote, or at the end, stands for itself only when doubled
+    doubled = re.sub(r"(\\+)('|$)", r"\1\1\2", text)
+    return "'" + doubled.replace("'", "\\'") + "'"
+
+
 def _home(overrides: Sequence[str], config_dirs: Sequence[str], combinations: Sequence[Sequence[str]]) -> Path:
-    named = [o.partition("=")[2] for o in overrides if re.match(r"\+*run\.dir=", o)]
-    if named:
-        return Path(named[-1])
     tree = config.compose("train", combinations[0], config_dirs)
-    told = sorted(o for o in overrides if not re.match(r"\+*(track|resume|sweep)\b", o))
+    if tree["run"]["dir"] is not None:
+        return Path(str(tree["run"]["dir"]))
+    told = sorted(o for o in overrides if not re.match(r"\+*(track|resume)\b", o))
     digest = hashlib.sha256("\n".join([*told, *config_dirs]).encode()).hexdigest()[:8]
     return Path("sweeps") / f"{tree['model']['name']}-{tree['data']['name']}-{digest}"
 
@@ -88,33 +105,35 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
         0 if all jobs are done, 1 if one failed, 75 if a signal stopped the sweep.
 
     Raises:
-        UserError: a job's configuration is wrong; no job is started then.
+        UserError: a job's configuration is wrong, or its directory holds something else; no job is started then.
     """
-    from align_cli import experiment
+    from align_cli import experiment, launch
 
     planned = jobs(overrides, config_dirs)
     homes = {job.run_dir for job in planned}
     if len(homes) < len(planned):
         raise UserError("two jobs of the sweep have the same values; give each value once.")
     arguments: dict[Path, list[str]] = {}
+    states: dict[Path, str] = {}
     for job in planned:
         tree = config.compose("train", job.overrides, config_dirs)
         tree["run"]["dir"] = str(job.run_dir)
-        experiment.read(tree)
-        arguments[job.run_dir] = [*job.overrides, f"run.dir={job.run_dir}", *_group(tree, job)]
-    states: dict[Path, str] = {}
-    for number, job in enumerate(planned, start=1):
-        if rundir.read_summary(job.run_dir) is not None:
+        checked = experiment.read(tree)
+        launch.claimable(job.run_dir)
+        if launch.finished(checked, job.run_dir):
             states[job.run_dir] = "skipped"
-            terminal.say(f"job {number} of {len(planned)}: {','.join(job.swept)} is finished already")
+        arguments[job.run_dir] = [*job.overrides, f"run.dir={quoted(str(job.run_dir))}", *_group(tree, job)]
+    for number, job in enumerate(planned, start=1):
+        if job.run_dir in states:
             continue
         terminal.say(f"job {number} of {len(planned)}: {','.join(job.swept)}")
-        code = _run(arguments[job.run_dir], config_dirs)
+        with exits.terminable():
+            code, stopped = _run(arguments[job.run_dir], config_dirs)
         states[job.run_dir] = {exits.DONE: "done", exits.STOPPED: "stopped"}.get(code, f"failed ({code})")
-        if code == exits.STOPPED:
+        if stopped or code == exits.STOPPED:
             break
     show(planned, states)
-    if "stopped" in states.values():
+    if len(states) < len(planned) or "stopped" in states.values():
         return exits.STOPPED
     return exits.FAILED if any(state.startswith("failed") for state in states.values()) else exits.DONE
 
@@ -123,16 +142,27 @@ def _group(tree: Tree, job: Job) -> list[str]:
     """W&B shows the runs of a sweep as one group."""
     if "group" not in tree["track"] or tree["track"]["group"] is not None:
         return []
-    return [f"track.group={job.run_dir.parent.name}"]
+    return [f"track.group={quoted(job.run_dir.absolute().parent.name)}"]
 
 
-def _run(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
+def _run(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[int, bool]:
+    """The exit code of a job, and whether a signal asked the sweep to stop; the job was told, and has saved."""
     flags = [part for folder in config_dirs for part in ("--config-dir", folder)]
-    process = subprocess.Popen([sys.executable, "-m", "align_cli.cli", "train", *flags, *overrides])
+    started: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for process in started:  # Ctrl-C reaches it from the terminal as well; a signal to this process alone does not
+            process.terminate()
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return process.wait()
-    except KeyboardInterrupt:  # the job got the same signal and saves
-        return process.wait()
+        started.append(subprocess.Popen([sys.executable, "-m", "align_cli.cli", "train", *flags, *overrides]))
+        return started[0].wait(), bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def show(planned: Sequence[Job], states: dict[Path, str]) -> None:

@@ -28,6 +28,7 @@ from align_cli.references import MismatchKL
 from align_cli.tracking import Silent
 
 TOLERANCE = 1e-3  # of the first step's loss
+REMEDY = "A lower train.lr, engine.precision=fp32 or smaller rewards may help; checkpoints of earlier steps are whole."
 
 
 class WrongStart(RuntimeError):
@@ -170,7 +171,7 @@ def train(
     Raises:
         Stopped: `stop` was true on some rank; the run has saved.
         WrongStart: the first step's loss is not the exact one.
-        FloatingPointError: the loss is not finite; what was saved is untouched.
+        FloatingPointError: the loss or its gradient is not finite; what was saved is untouched.
     """
     experiment = method.experiment
     of = total_steps(experiment.train, len(store))
@@ -202,6 +203,9 @@ def train(
             if step.number == 1:
                 progress.first_loss = figures["loss"]
             figures |= {"learning_rate": lr, "grad_norm": norm, "epoch": progress.groups / len(store)}
+        # Also where nothing is logged: no checkpoint may hold weights that are no numbers. DeepSpeed says -1 then.
+        if not (math.isfinite(norm) and norm >= 0):
+            raise FloatingPointError(f"the gradient of step {step.number} is not finite. {REMEDY}")
         if experiment.eval.every is not None and step.number % experiment.eval.every == 0 and step.number < of:
             found = evaluate_loss(engine, evaluation, held_out)
             figures |= {f"eval/{name}": value for name, value in found.items()}
@@ -239,10 +243,7 @@ def _judge(step: int, figures: dict[str, float]) -> None:
     """Hold the loss against what is known of it; the known value of the first step is taken out of the figures."""
     loss = figures["loss"]
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss of step {step} is {loss}. A lower train.lr, train.precision=fp32 or smaller rewards may help; "
-            "checkpoints of earlier steps are whole."
-        )
+        raise FloatingPointError(f"the loss of step {step} is {loss}. {REMEDY}")
     exact = figures.pop("exact", None)
     if exact is not None and abs(loss - exact) > TOLERANCE:
         raise WrongStart(

@@ -11,7 +11,7 @@ from pathlib import Path
 from align_cli import distributed, exits, rundir, terminal
 from align_cli.errors import UserError
 
-LOCKED = "ALIGN_RUN_IS_LOCKED"  # set by `align train`, whose lock on the run directory this process has inherited
+LOCKED = "ALIGN_RUN_IS_LOCKED_BY"  # the process number of `align train`, whose lock this process has inherited
 
 
 def main(argv: list[str]) -> int:
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         return exits.USER
     terminal.quiet_libraries()
     if LOCKED in os.environ:
-        distributed.die_with_parent()
+        distributed.die_with_parent(int(os.environ[LOCKED]))
     return exits.guarded(lambda: work(Path(argv[0])))
 
 
@@ -53,7 +53,7 @@ def work(run_dir: Path) -> int:
     """Join the other ranks and run; rank 0 claims the directory where `align train` has not done so."""
     adopt_slurm()
     free = os.environ.get("RANK", "0") == "0" and LOCKED not in os.environ
-    with rundir.lock(run_dir) if free else nullcontext():
+    with exits.terminable(), rundir.lock(run_dir) if free else nullcontext():
         return _work(run_dir)
 
 
