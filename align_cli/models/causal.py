@@ -74,23 +74,48 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def takes_flat_rows(config: Any) -> bool:
-    """Whether the architecture sends its attention through transformers' interface."""
+    """Whether the architecture sends its attention through transformers' interface and keeps no other state.
+
+    Convolutions and linear attention run over a row as one sequence, and chunked attention cuts at positions that
+    `align_layout` does not know.
+    """
     try:
         architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError as error:
         raise UserError(f"model type '{config.model_type}' is no causal language model of transformers.") from error
-    return bool(architecture._supports_attention_backend)
+    layers = config.to_dict().get("layer_types") or ()
+    return bool(architecture._supports_attention_backend) and set(layers) <= {"full_attention", "sliding_attention"}
+
+
+# Attributes of transformers' modules that make a forward pass random while training: dropout, and noise of routers.
+_RANDOM = (
+    "attention_dropout",
+    "attn_dropout",
+    "dropout",
+    "jitter_noise",
+    "input_jitter_noise",
+    "router_jitter_noise",
+)
 
 
 def silence_dropout(network: PreTrainedModel) -> PreTrainedModel:
-    """Set every dropout to 0: policy and reference must be the same function until the first update."""
+    """Set dropout and routers' noise to 0: policy and reference must be the same function until the first update."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
+        for name in _RANDOM:
             if isinstance(vars(module).get(name), float):
                 setattr(module, name, 0.0)
     return network
+
+
+def recompute_activations(network: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward pass and compute the rest again (gradient checkpointing)."""
+    kept = {"use_reentrant": False}
+    if hasattr(network, "activation_checkpointing_enable"):
+        network.activation_checkpointing_enable(activation_checkpointing_kwargs=kept)
+    else:  # its name in earlier versions of transformers
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
 
 
 def measure(network: nn.Module, batch: MicroBatch, *, flat: bool) -> dict[str, Tensor]:
@@ -151,7 +176,10 @@ def _padded_logits(network: nn.Module, batch: MicroBatch) -> Tensor:
 
 @torch.no_grad()
 def flat_rows_error(network: nn.Module, vocabulary: int, device: torch.device) -> float:
-    """Largest difference in nats per token between flat rows and padded sequences, on a group of three responses."""
+    """Largest difference in nats per token between flat rows and padded sequences, on a group of three responses.
+
+    It is infinite where the architecture cannot take a flat row at all.
+    """
     generator = np.random.default_rng(0)
     lengths = (5, 4, 7)
     group = Group(
@@ -164,7 +192,10 @@ def flat_rows_error(network: nn.Module, vocabulary: int, device: torch.device) -
     batch = flatten([group]).to(device)
     try:
         flat = measure(network, batch, flat=True)["policy_tokens"]
-    except TypeError:  # the architecture's forward knows no `logits_to_keep` or passes no keywords on
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        # Its forward knows no `logits_to_keep`, passes no keywords on, or reads the mask.
         return float("inf")
     padded = measure(network, batch, flat=False)["policy_tokens"]
     return float((flat - padded).abs().max())
