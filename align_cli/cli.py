@@ -24,7 +24,8 @@ USAGE = """align: language-model alignment experiments
 
 options of train, plan and data show:
   -m, --multirun       run every combination of comma-separated values (train)
-  --config-dir DIR     more groups of your own: DIR/algo/mine.yaml
+  --config-dir DIR     more choices of your own: DIR/algo/mine.yaml
+  --plugin PACKAGE     parts of your own: PACKAGE/losses/mine.py, and PACKAGE/conf as a --config-dir
   --cfg                print the composed configuration and stop
 
 exit codes: 0 done, 1 failure, 2 a mistake in what was given, 75 stopped by a signal and resumable
@@ -51,6 +52,9 @@ def dispatch(argv: list[str]) -> int:
     name = argv[0]
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command.{did_you_mean(name, list(COMMANDS))} See align --help.")
+    if name in ("train", "plan", "data") and {"-h", "--help"} & set(argv[1:]):
+        terminal.result(USAGE.rstrip())
+        return exits.DONE
     terminal.quiet_libraries()
     command = importlib.import_module(f"align_cli.commands.{COMMANDS[name]}")
     return command.main(argv if COMMANDS[name] == "listing" else argv[1:])

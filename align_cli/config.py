@@ -2,10 +2,12 @@
 
 Hydra chooses the parts and merges their YAML. What a part may be given is then read off the function or dataclass
 that takes it: its keyword-only parameters are the keys, their annotations the types and ranges. Nothing in a
-configuration names code to run: a part is found by its name under a fixed module.
+configuration names code to run: a part is found by its name under a fixed module, or under the same module of a
+package that the command line names (`--plugin`).
 """
 
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
+
 from align_cli import paths
 from align_cli.errors import UserError
 
 Tree = dict[str, Any]
 
-_RESOLVER = re.compile(r"\$\{[A-Za-z_.]+:")
+MISSING = "???"  # what a YAML says of a key that has to be given
+
+_REFERENCE = re.compile(r"\$\{\.*[A-Za-z_][\w.]*\}")
+_PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Tree:
@@ -27,8 +34,8 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
 
     Args:
         command: name of the primary configuration.
-        overrides: in Hydra's grammar, without sweeps. A key that no part knows is let through here and refused by
-            `check`, which can say what would be right.
+        overrides: in Hydra's grammar, without sweeps. A key that no part knows, and a value that has to be given and
+            is not (`MISSING`), are let through here and refused by `check`, which judges all keys at once.
         config_dirs: more folders with groups, as `--config-dir` gives them.
 
     Raises:
@@ -41,74 +48,161 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    refuse_code(overrides)
     for folder in config_dirs:
         if not Path(folder).is_dir():
             raise UserError(f"--config-dir {folder}: no such folder.")
     groups = group_names(config_dirs)
+    refuse_code(overrides)
+    problems = [_wrong_choice(override, command, groups) for override in parse(overrides)]
+    if any(problems):
+        raise UserError("\n".join(filter(None, problems)))
     search = [f"file://{paths.recipes().parent}", *(f"file://{Path(folder).resolve()}" for folder in config_dirs)]
+    search_path = f"hydra.searchpath=[{','.join(map(quoted, search))}]"
     lifted = [_lift(override, groups) for override in overrides]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(paths.conf()), version_base="1.3"):
-            composed = hydra_compose(
-                command, [f"hydra.searchpath=[{','.join(search)}]", *lifted], return_hydra_config=True
-            )
-            plain = hydra_compose(command, [f"hydra.searchpath=[{','.join(search)}]"], return_hydra_config=True)
+            composed = hydra_compose(command, [search_path, *lifted], return_hydra_config=True)
+            plain = hydra_compose(command, [search_path], return_hydra_config=True)
         _refuse_hydra_node(OmegaConf.to_container(composed.hydra), OmegaConf.to_container(plain.hydra))
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
-        _refuse_resolvers(OmegaConf.to_container(composed, resolve=False), "")
-        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, groups)) from error
+        _refuse_code_inside(OmegaConf.to_container(composed, resolve=False), "")
+        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+        raise UserError(_explain(error)) from error
     finally:
         GlobalHydra.instance().clear()
     assert isinstance(tree, dict)
+    problems = [
+        f"{key}={shown(tree.get(key))}: a section with keys would be right."
+        for key in _primary(command)
+        if not isinstance(tree.get(key), Mapping)
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
     return {str(key): value for key, value in tree.items()}
 
 
+def parse(overrides: Sequence[str]) -> list[Any]:
+    """Hydra's reading of each override.
+
+    Raises:
+        UserError: names each one that cannot be read.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    read: list[Any] = []
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            read.append(parser.parse_override(override))
+        except HydraException:
+            key, _, value = override.partition("=")
+            problems.append(
+                f"{override}: cannot be read; in quotes for the shell and for align, {key}={quoted(value)!r}"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+    return read
+
+
+def quoted(text: str) -> str:
+    """A text that Hydra's grammar reads as it is, whatever is in it."""
+    # a backslash before a quote, or at the end, stands for itself only when doubled
+    doubled = re.sub(r"(\\+)('|$)", r"\1\1\2", text)
+    return "'" + doubled.replace("'", "\\'") + "'"
+
+
+def _wrong_choice(override: Any, command: str, groups: Mapping[str, Sequence[str]]) -> str | None:
+    """What is wrong with an override, as far as it can be seen from the groups alone."""
+    key, line = override.key_or_group, override.input_line
+    section, _, rest = key.partition(".")
+    if not key or "/" in key or override.package is not None:
+        near = did_you_mean(key.partition("/")[0], list(groups))
+        return f"{line}: key=value would be right, such as algo=nca or train.lr=1e-6.{near}"
+    if override.is_sweep_override():
+        value = line.partition("=")[2]
+        return f"{line}: several values need align train -m; for one text with a comma, quote it: \"{key}='{value}'\"."
+    if rest == "name" and section in groups and section != "model":
+        chosen = shown(None if override.is_delete() else override.value())
+        return f"{line}: a name comes with its choice; {section}={chosen} would be right."
+    if key not in groups:
+        return None
+    value = None if override.is_delete() else override.value()
+    if isinstance(value, Mapping) or (value is None and key in _optional(command)):
+        return None
+    if isinstance(value, str) and value in groups[key]:
+        return None
+    near = did_you_mean(str(value), groups[key])
+    return f"{line}: no such choice.{near} {key} can be {', '.join(groups[key])}."
+
+
+def _optional(command: str) -> set[str]:
+    """The groups of which nothing may be chosen: the primary configuration says null, or optional."""
+    chosen = [next(iter(entry.items())) for entry in _read(command)["defaults"] if isinstance(entry, dict)]
+    free = {group for group, choice in chosen if choice is None or group.startswith("optional ")}
+    return {group.removeprefix("optional ") for group in free}
+
+
+def _primary(command: str) -> list[str]:
+    """The sections that stand in the primary configuration itself."""
+    return [key for key, value in _read(command).items() if isinstance(value, Mapping)]
+
+
+def _read(command: str) -> Tree:
+    return yaml.safe_load((paths.conf() / f"{command}.yaml").read_text(encoding="utf-8"))
+
+
 def group_names(config_dirs: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Each group of `conf/` (and of more folders) with its options."""
-    groups: dict[str, list[str]] = {"recipes": []}
-    for root in (paths.conf(), *(Path(folder) for folder in config_dirs)):
-        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-            options = (path.stem for path in folder.glob("*.yaml"))
-            groups[folder.name] = sorted({*groups.get(folder.name, []), *options})
-    home = paths.recipes()
-    groups["recipes"] = sorted(str(path.relative_to(home).with_suffix("")) for path in home.rglob("*.yaml"))
-    return groups
+    """Each group of `conf/`, and the recipes, with their choices here and in more folders."""
+    known = sorted(path.name for path in paths.conf().iterdir() if path.is_dir())
+    roots = [paths.conf(), *map(Path, config_dirs)]
+    groups = {group: sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")}) for group in known}
+    homes = [paths.recipes(), *(Path(folder) / "recipes" for folder in config_dirs)]
+    found = {path.relative_to(home).with_suffix("").as_posix() for home in homes for path in home.rglob("*.yaml")}
+    return {**groups, "recipes": sorted(found)}
 
 
 def refuse_code(overrides: Sequence[str]) -> None:
     """Refuse overrides that would name code to run or change how Hydra itself works."""
+    problems: list[str] = []
     for override in overrides:
         key, _, value = override.partition("=")
         if "_target_" in override:
-            raise UserError(f"{override}: '_target_' is not taken from the command line; parts are chosen by name.")
-        if re.match(r"[+~]*hydra([./@]|$)", key):
-            raise UserError(f"{override}: Hydra's own settings are fixed; callbacks and logging could run code.")
-        if _RESOLVER.search(value):
-            raise UserError(f"{override}: only plain references such as ${{algo.alpha}} are taken, no resolvers.")
+            problems.append(f"{override}: '_target_' is not taken from the command line; parts are chosen by name.")
+        elif re.match(r"[+~'\"\s]*hydra\b", key):
+            problems.append(f"{override}: Hydra's own settings are fixed; callbacks and logging could run code.")
+        elif "${" in key or "${" in _REFERENCE.sub("", value):
+            problems.append(f"{override}: only plain references such as ${{algo.alpha}} are taken, no resolvers.")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
-def _refuse_resolvers(node: Any, where: str) -> None:
+def _refuse_code_inside(node: Any, where: str) -> None:
     if isinstance(node, Mapping):
         for key, value in node.items():
             if key == "_target_":
                 raise UserError(f"{where or 'configuration'}: '_target_' is not taken; parts are chosen by name.")
-            _refuse_resolvers(value, f"{where}.{key}" if where else str(key))
+            _refuse_code_inside(value, f"{where}.{key}" if where else str(key))
     elif isinstance(node, list):
         for value in node:
-            _refuse_resolvers(value, where)
-    elif isinstance(node, str) and _RESOLVER.search(node):
+            _refuse_code_inside(value, where)
+    elif isinstance(node, str) and "${" in _REFERENCE.sub("", node):
         raise UserError(f"{where}={node}: only plain references such as ${{algo.alpha}} are taken, no resolvers.")
 
 
 def _refuse_hydra_node(composed: Any, plain: Any) -> None:
     ours = ("runtime", "overrides", "job", "searchpath")
+    told = ("override_dirname", "name", "config_name")
     for key in composed:
-        if key not in ours and composed[key] != plain[key]:
+        before, after = (
+            {k: v for k, v in node[key].items() if k not in told} if key == "job" else node[key]
+            for node in (plain, composed)
+        )
+        if (key == "job" or key not in ours) and before != after:
             raise UserError(
                 f"hydra.{key} is set by a chosen file; Hydra's own settings are fixed, they could run code."
             )
@@ -116,24 +210,30 @@ def _refuse_hydra_node(composed: Any, plain: Any) -> None:
 
 def _lift(override: str, groups: Mapping[str, Sequence[str]]) -> str:
     """A value override that may also name an unknown key, so that `check` judges all keys at once."""
-    key = override.partition("=")[0].lstrip("+").partition("@")[0]
-    if override.startswith("~") or "=" not in override:
+    if override.startswith("~"):
         return override
     bare = override.lstrip("+")
-    return bare if key in groups else f"++{bare}"
+    return bare if bare.partition("=")[0] in groups else f"++{bare}"
 
 
-def _explain(error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    text = text.replace("Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", "").strip()
-    missing = re.search(r"Could not find '(?P<group>[\w/]+?)/(?P<name>[^/']+)'", text)
-    if missing and missing["group"].split("/")[0] in groups:
-        group = missing["group"].split("/")[0]
-        name = missing[0][len("Could not find '") + len(group) + 1 : -1]
-        return (
-            f"{group}={name}: no such choice.{did_you_mean(name, groups[group])} It can be {', '.join(groups[group])}."
-        )
-    return text
+def _explain(error: Exception) -> str:
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}:{mark.line + 1}: not YAML: {error.problem}."
+    text = re.split(r"Config search path:|Set the environment variable HYDRA_FULL_ERROR", str(error))[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(error, OmegaConfBaseException):
+        return f"{error.full_key}: {lines[0]}." if error.full_key else f"{lines[0]}."
+    return " ".join(lines)
+
+
+def shown(value: object) -> str:
+    """A value as it is written on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def did_you_mean(word: str, words: Sequence[str]) -> str:
@@ -142,25 +242,75 @@ def did_you_mean(word: str, words: Sequence[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-def find(module: str, name: str, key: str) -> Callable[..., Any]:
-    """The function `name` of a part: in `<module>.<name>` where there is such a module, else in `<module>` itself.
+# The packages of `--plugin`, in which parts are looked for after our own. It is the process's, not a
+# configuration's: a configuration, which may come from anyone, must not name code.
+_plugins: list[str] = []
+
+
+def use(packages: Sequence[str]) -> None:
+    """Look for parts in these packages, too: `<package>.losses.<name>` beside `align_cli.losses.<name>`.
+
+    Raises:
+        UserError: there is no such package.
+    """
+    for package in packages:
+        if not _PACKAGE.fullmatch(package) or importlib.util.find_spec(package.partition(".")[0]) is None:
+            raise UserError(
+                f"--plugin {package}: there is no such package; one that Python finds would be right, installed or "
+                "on PYTHONPATH."
+            )
+    _plugins[:] = packages
+
+
+def plugins() -> list[str]:
+    """The arguments that make another process find the same parts."""
+    return [part for package in _plugins for part in ("--plugin", package)]
+
+
+def find(module: str, name: str, key: str, *, function: str | None = None) -> Callable[..., Any]:
+    """The function of a part: in `<module>.<name>` where `module` is a package, else in `module` itself.
+
+    Args:
+        module: of ours; the same module of a plugin is looked at next.
+        name: of the part.
+        key: the group, for messages.
+        function: what the function is called; None: as the part.
 
     Raises:
         UserError: there is none.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"{key}.name={name}: a name of lower-case letters, digits and underscores would be right.")
-    package = importlib.import_module(module)
-    home = package
-    if vars(package).get("__path__") is not None:
-        try:
-            home = importlib.import_module(f"{module}.{name}")
-        except ModuleNotFoundError as error:
-            raise UserError(f"{key}.name={name}: there is no {module}.{name}.") from error
-    function = vars(home).get(name)
-    if not callable(function):
-        raise UserError(f"{key}.name={name}: there is no function {name} in {home.__name__}.")
-    return function
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(
+            f"{key}.name={shown(name)}: a name of lower-case letters, digits and underscores would be right."
+        )
+    part = module.partition(".")[2]
+    for root in ("align_cli", *_plugins):
+        home = _home(f"{root}.{part}", name)
+        found = None if home is None else vars(home).get(function or name)
+        # what a module has imported from elsewhere is no part
+        if inspect.isfunction(found) and found.__module__.startswith(f"{root}."):
+            return found
+    where = ", ".join(f"{root}.{part}" for root in ("align_cli", *_plugins))
+    raise UserError(
+        f"{key}.name={name}: there is no function {function or name} for it in {where}; --plugin PACKAGE names a "
+        "package of your own."
+    )
+
+
+def _home(module: str, name: str) -> Any:
+    """The module that a part is in; None where there is none."""
+    if module.startswith("align_cli."):
+        package = importlib.import_module(module)
+    else:
+        root = module.rpartition(".")[0]
+        importlib.import_module(root)
+        if importlib.util.find_spec(module) is None:
+            return None
+        package = importlib.import_module(module)
+    if vars(package).get("__path__") is None:
+        return package
+    target = f"{module}.{name}"
+    return importlib.import_module(target) if importlib.util.find_spec(target) is not None else None
 
 
 def options(target: Callable[..., Any]) -> list[str]:
@@ -180,27 +330,36 @@ def check(target: Callable[..., Any], node: Any, path: str, *, injected: Sequenc
     from pydantic import ConfigDict, ValidationError, create_model
 
     if not isinstance(node, Mapping):
-        return [f"{path}={node}: a section with keys would be right."]
+        return [f"{path}={shown(node)}: a section with keys would be right."]
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     names = [name for name in options(target) if name not in injected]
     fields: dict[str, Any] = {name: (hints[name], ...) for name in names}
     schema = create_model("Options", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
+    asked = [str(key) for key, value in node.items() if value == MISSING]
+    problems = [f"{path}.{key} has to be given, as {path}.{key}=VALUE." for key in asked]
     try:
         schema.model_validate(dict(node))
     except ValidationError as error:
-        return [_sentence(problem, names, path) for problem in error.errors(include_url=False)]
-    return []
+        found: dict[str, list[Any]] = {}
+        for problem in error.errors(include_url=False):
+            found.setdefault(str(problem["loc"][0]) if problem["loc"] else "", []).append(problem)
+        problems += [_sentence(same, names, path) for key, same in found.items() if key not in asked]
+    return problems
 
 
-def _sentence(problem: Any, names: Sequence[str], path: str) -> str:
-    key = str(problem["loc"][0]) if problem["loc"] else ""
-    where = f"{path}.{key}"
-    if problem["type"] == "extra_forbidden":
+def _sentence(problems: Sequence[Any], names: Sequence[str], path: str) -> str:
+    """A sentence on what is wrong with one key; where several types would do, there is a problem for each."""
+    first, key = problems[0], str(problems[0]["loc"][0])
+    where = f"{path}.{key}" + "".join(f"[{place}]" for place in first["loc"][1:] if isinstance(place, int))
+    if first["type"] == "extra_forbidden":
         keys = f"It takes {', '.join(names)}." if names else "It takes no options."
         return f"{where}: no such key.{did_you_mean(key, names)} {keys}"
-    if problem["type"] == "missing":
+    if first["type"] == "missing":
         return f"{where} is missing."
-    return f"{where}={problem['input']}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+    lead = "input should be "
+    told = dict.fromkeys(problem["msg"][0].lower() + problem["msg"][1:] for problem in problems)
+    text, *others = told
+    return f"{where}={shown(first['input'])}: {' or '.join([text, *(o.removeprefix(lead) for o in others)])}."
 
 
 def build(target: Callable[..., Any], node: Mapping[str, Any], **injected: Any) -> Any:

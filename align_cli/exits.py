@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -34,7 +35,7 @@ def guarded(command: Callable[[], int]) -> int:
         terminal.say("interrupted")
         return STOPPED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.close(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has to go somewhere
         return DONE
 
 

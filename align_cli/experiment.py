@@ -16,7 +16,7 @@ from align_cli.errors import UserError
 from align_cli.models.adapters import Adapter
 from align_cli.models.causal import Model
 from align_cli.preferences import strict_pairs
-from align_cli.ranges import Count, Fraction, Positive, WholeNumber
+from align_cli.ranges import Count, Fraction, NotEmpty, Positive, WholeNumber
 from align_cli.tracking import Track
 from align_cli.world import World
 
@@ -55,7 +55,7 @@ class Eval:
 class Run:
     """The `run` section."""
 
-    dir: str
+    dir: NotEmpty
     seed: WholeNumber
 
 
@@ -74,7 +74,7 @@ class Reference:
     """The `reference` section."""
 
     name: Literal["cached", "frozen", "adapter"]
-    path: str | None
+    path: NotEmpty | None
 
 
 Loss = Callable[..., Tensor]
@@ -164,9 +164,9 @@ def read(tree: Tree) -> Experiment:
     if tree.get("world") is not None:
         problems += config.check(World, tree["world"], "world")
     if tree.get("source") != {"name": "dataset"}:
-        problems.append(f"source={tree.get('source')}: source=dataset would be right.")
+        problems.append(f"source={config.shown(tree.get('source'))}: source=dataset would be right.")
     if tree.get("resume") not in ("auto", "never"):
-        problems.append(f"resume={tree.get('resume')}: auto or never would be right.")
+        problems.append(f"resume={config.shown(tree.get('resume'))}: auto or never would be right.")
 
     loss = _find(tree, "algo", "align_cli.losses", problems)
     divergence = _find(tree, "divergence", "align_cli.divergences", problems) if tree.get("divergence") else None
@@ -174,6 +174,8 @@ def read(tree: Tree) -> Experiment:
     if loss is not None:
         injected = [name for name in ("divergence",) if name in config.options(loss)]
         problems += config.check(loss, _options(tree["algo"]), "algo", injected=injected)
+    if _section(tree, "data").get("format") == "auto":
+        _find(tree, "data", "align_cli.data", problems, function="record")
     if divergence is not None:
         problems += config.check(divergence, _options(tree["divergence"]), "divergence")
     if reward is not None:
@@ -194,17 +196,28 @@ def read(tree: Tree) -> Experiment:
     exact = vars(importlib.import_module(loss.__module__)).get("at_reference")
     built_reward = config.build(reward, _options(tree["reward"]))
     producers = {name: _placeholder(name, built_reward) for name in MADE}
+    try:
+        made = columns.plan(columns.asked(built_loss), GIVEN, producers)
+    except ValueError as error:
+        there = ", ".join(dict.fromkeys([*GIVEN, *MADE]))
+        raise UserError(f"algo={tree['algo']['name']}: {error} There are {there}.") from error
     return Experiment(
         tree=tree,
         loss=built_loss,
         at_reference=None if exact is None else config.build(exact, _options(tree["algo"]), **_only(exact, given)),
         reward=built_reward,
         beta=float(tree["algo"]["beta"]) if "beta" in tree["algo"] else 1.0,
-        made=tuple(columns.plan(columns.asked(built_loss), GIVEN, producers)),
+        made=tuple(made),
         reference=config.build(Reference, reference),
         world=None if tree.get("world") is None else config.build(World, tree["world"]),
         **sections,
     )
+
+
+def placed(tree: Tree, run_dir: str) -> Tree:
+    """`tree` with a run directory where it names none."""
+    run = _section(tree, "run")
+    return tree if run.get("dir", run_dir) is not None else {**tree, "run": {**run, "dir": run_dir}}
 
 
 def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -230,13 +243,15 @@ def _placeholder(name: str, reward: Loss) -> Loss:
     return lambda: torch.empty(0)
 
 
-def _find(tree: Tree, group: str, module: str, problems: list[str]) -> Callable[..., Any] | None:
+def _find(
+    tree: Tree, group: str, module: str, problems: list[str], *, function: str | None = None
+) -> Callable[..., Any] | None:
     section = _section(tree, group)
     if "name" not in section:
         problems.append(f"{group}.name is missing: choose {group}=<name>.")
         return None
     try:
-        return config.find(module, section["name"], group)
+        return config.find(module, section["name"], group, function=function)
     except UserError as error:
         problems.append(str(error))
         return None
@@ -279,7 +294,7 @@ def _meaningless(tree: Tree, loss: Loss, link: Any) -> list[str]:
         )
     if "policy_tokens" in asked and "pairs" not in asked and "rewards" not in asked and data["responses"] != 1:
         problems.append(
-            f"algo={algorithm} learns one response of each prompt; data.responses={data['responses']}. "
+            f"algo={algorithm} learns one response of each prompt; data.responses={config.shown(data['responses'])}. "
             "data.responses=1 keeps the best."
         )
     if "rewards" in asked and data["responses"] == 1 and "mismatch_kl" not in asked:
@@ -310,8 +325,18 @@ def _meaningless_settings(sections: Mapping[str, Any], tree: Tree) -> list[str]:
         problems.append("adapter: rank, scale and targets belong together; adapter=lora sets them.")
     if len(sections["optimizer"].betas) != 2:
         problems.append(f"optimizer.betas={sections['optimizer'].betas}: two numbers would be right.")
-    if any(beta == 1 for beta in sections["optimizer"].betas):
+    elif any(beta == 1 for beta in sections["optimizer"].betas):
         problems.append(f"optimizer.betas={sections['optimizer'].betas}: a decay of 1 never forgets; below 1 is right.")
+    reference = tree["reference"]
+    if reference["name"] != "frozen" and reference.get("path") is not None:
+        problems.append(
+            f"reference={reference['name']} reference.path={reference['path']}: its weights are the policy's own. "
+            "reference=frozen takes other weights."
+        )
+    if sections["data"].path is None:
+        problems.append(
+            f"data.path=null: data={sections['data'].name} has no rows of its own; a file, folder or hub id is right."
+        )
     if "world" in (tree["model"]["path"], tree["data"]["path"]) and tree.get("world") is None:
         problems.append("data=toy comes from the embedded world, which model=tiny brings; add world=addition.")
     return problems

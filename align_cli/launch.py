@@ -6,6 +6,7 @@ and that file alone repeats or resumes the run.
 
 import datetime
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from types import FrameType
 
 import torch
 
-from align_cli import distributed, exits, experiment, rundir, terminal, worker
+from align_cli import config, distributed, exits, experiment, rundir, terminal, worker
 from align_cli.checkpoints import committed
 from align_cli.config import Tree
 from align_cli.errors import UserError
@@ -42,10 +43,9 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     Raises:
         UserError: before anything is loaded or overwritten.
     """
-    if tree["run"]["dir"] is None:
-        tree["run"]["dir"] = default_dir(tree)
+    tree = experiment.placed(tree, default_dir(tree))
     checked = experiment.read(tree)
-    problems = experiment.needs_gpu(checked)
+    problems = [] if checked.launch.name == "prepare" else experiment.needs_gpu(checked)
     if problems:
         raise UserError("\n".join(problems))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -56,18 +56,28 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     run_dir = Path(checked.run.dir)
     device = distributed.local_device(checked.launch.accelerator)
     claimable(run_dir)
+    made = not run_dir.exists()
     with exits.terminable(), rundir.lock(run_dir) as held:
-        if finished(checked, run_dir):
-            return exits.DONE
-        prepared = prepare(checked)
-        rundir.write_config(run_dir, tree)
-        ranks = experiment.devices(checked)
-        rundir.write_env(run_dir, device=str(device.type), ranks=ranks, command=command)
-        if checked.launch.name == "prepare":
-            terminal.result(f"prepared {run_dir} for {ranks} rank(s). On each node, with its own addresses:")
-            terminal.result(f"  torchrun --nnodes=N --nproc-per-node=M ... -m align_cli.worker {run_dir}")
-            return exits.DONE
-        code = inline(prepared, run_dir) if ranks == 1 else spawn(run_dir, ranks, held)
+        new = not (run_dir / rundir.CONFIG).is_file()
+        try:
+            if finished(checked, run_dir):
+                return exits.DONE
+            prepared = prepare(checked)
+            rundir.write_config(run_dir, tree)
+            ranks = experiment.devices(checked)
+            rundir.write_env(run_dir, device=str(device.type), ranks=ranks, command=command)
+            if checked.launch.name == "prepare":
+                told = shlex.join([str(run_dir), *config.plugins()])
+                terminal.result(f"prepared {run_dir} for {ranks} rank(s). On each node, with its own addresses:")
+                terminal.result(f"  torchrun --nnodes=N --nproc-per-node=M ... -m align_cli.worker {told}")
+                return exits.DONE
+            code = inline(prepared, run_dir) if ranks == 1 else spawn(run_dir, ranks, held)
+        except UserError:
+            if new:
+                rundir.forget(run_dir, made=made)
+            raise
+        if new and code == exits.USER:
+            rundir.forget(run_dir, made=made)
     if code == exits.DONE:
         conclude(run_dir)
     return code
@@ -153,7 +163,7 @@ def spawn(run_dir: Path, ranks: int, held: int) -> int:
         with open(logs / f"rank_{rank}.log", "wb") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "align_cli.worker", str(run_dir)],
+                    [sys.executable, "-m", "align_cli.worker", str(run_dir), *config.plugins()],
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), worker.LOCKED: str(os.getpid())},
                     pass_fds=(held,),
                     stdout=None if rank == 0 else log,

@@ -6,7 +6,7 @@ A signature says `beta: Positive` and the configuration is checked against it be
 
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
@@ -15,3 +15,4 @@ OpenFraction = Annotated[float, Gt(0), Lt(1)]
 BelowHalf = Annotated[float, Ge(0), Lt(0.5)]
 Count = Annotated[int, Ge(1)]
 WholeNumber = Annotated[int, Ge(0)]
+NotEmpty = Annotated[str, MinLen(1)]

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -82,7 +83,11 @@ def lock(run_dir: Path) -> Iterator[int]:
     Raises:
         UserError: another process is using it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / LOCK).touch()
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another run.dir") from error
     with open(run_dir / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,6 +102,21 @@ def lock(run_dir: Path) -> Iterator[int]:
         file.flush()
         yield file.fileno()
         file.truncate(0)
+
+
+def forget(run_dir: Path, *, made: bool) -> None:
+    """Remove what a new run has left that ended with a mistake before its first step; the caller holds the lock.
+
+    Args:
+        made: the folder is the run's own, too.
+    """
+    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+        return
+    shutil.rmtree(run_dir / "ranks", ignore_errors=True)
+    for name in (CONFIG, ENV, LOCK):
+        (run_dir / name).unlink(missing_ok=True)
+    if made and not any(run_dir.iterdir()):
+        run_dir.rmdir()
 
 
 def is_empty(run_dir: Path) -> bool:
@@ -152,7 +172,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG}")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds {type(config).__name__}, not a mapping of keys to values")
@@ -288,4 +308,9 @@ def write_summary(run_dir: Path, summary: Mapping[str, Scalar]) -> None:
 def read_summary(run_dir: Path) -> dict[str, Scalar] | None:
     """The final figures of a run; None where it has not finished."""
     path = run_dir / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); removed, it is made again by align train") from error

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from align_cli import config, exits, rundir, terminal
-from align_cli.config import Tree
+from align_cli.config import Tree, quoted
 from align_cli.errors import UserError
 
 LONGEST_NAME = 160  # of a job's folder, in characters
@@ -37,19 +37,14 @@ class Job:
 
 def expand(overrides: Sequence[str]) -> tuple[list[list[str]], int]:
     """Every combination of the swept overrides, in the order of the command line, and how many are swept."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from hydra.core.override_parser.types import Glob
 
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UserError(" ".join(str(error).split())) from error
     choices: list[list[str]] = []
-    for override in parsed:
+    for override in config.parse(overrides):
         if not override.is_sweep_override():
             choices.append([str(override.input_line)])
             continue
-        if override.is_interval_sweep():
+        if override.is_interval_sweep() or isinstance(override.value(), Glob):
             raise UserError(f"{override.input_line}: a grid needs values; choice(...) or range(...) would be right.")
         key = override.get_key_element()
         choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
@@ -80,13 +75,6 @@ def _name(swept: Sequence[str]) -> str:
     if name == told and len(name) <= LONGEST_NAME:
         return name
     return f"{name[:LONGEST_NAME]}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-
-
-def quoted(text: str) -> str:
-    """A text that Hydra's grammar reads as it is, whatever is in it."""
-    # a backslash before a quote, or at the end, stands for itself only when doubled
-    doubled = re.sub(r"(\\+)('|$)", r"\1\1\2", text)
-    return "'" + doubled.replace("'", "\\'") + "'"
 
 
 def _home(overrides: Sequence[str], config_dirs: Sequence[str], combinations: Sequence[Sequence[str]]) -> Path:
@@ -147,7 +135,7 @@ def _group(tree: Tree, job: Job) -> list[str]:
 
 def _run(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[int, bool]:
     """The exit code of a job, and whether a signal asked the sweep to stop; the job was told, and has saved."""
-    flags = [part for folder in config_dirs for part in ("--config-dir", folder)]
+    flags = [*config.plugins(), *(part for folder in config_dirs for part in ("--config-dir", folder))]
     started: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
 

@@ -1,15 +1,23 @@
 """What each rank runs: `python -m align_cli.worker RUN`, under torchrun, under srun, or started by `align train`.
 
+`--plugin PACKAGE` behind it names the packages of parts that `align train` was given.
+
 The resolved configuration in the run directory says everything; Hydra is not imported here.
 """
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from align_cli import distributed, exits, rundir, terminal
+from align_cli import config, distributed, exits, rundir, terminal
+from align_cli.checkpoints import committed
 from align_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from align_cli.experiment import Experiment
 
 LOCKED = "ALIGN_RUN_IS_LOCKED_BY"  # the process number of `align train`, whose lock this process has inherited
 
@@ -18,18 +26,21 @@ def main(argv: list[str]) -> int:
     """Run one rank on a prepared run directory.
 
     Args:
-        argv: the run directory.
+        argv: the run directory, and packages of parts, each behind `--plugin`.
 
     Returns:
         The exit code (`align_cli.exits`).
     """
-    if len(argv) != 1:
-        terminal.error("usage: python -m align_cli.worker RUN, a directory that align train launch=prepare has made")
+    if len(argv) % 2 == 0 or any(flag != "--plugin" for flag in argv[1::2]):
+        terminal.error(
+            "usage: python -m align_cli.worker RUN [--plugin PACKAGE], "
+            "a directory that align train launch=prepare has made"
+        )
         return exits.USER
     terminal.quiet_libraries()
     if LOCKED in os.environ:
         distributed.die_with_parent(int(os.environ[LOCKED]))
-    return exits.guarded(lambda: work(Path(argv[0])))
+    return exits.guarded(lambda: work(Path(argv[0]), argv[2::2]))
 
 
 def adopt_slurm() -> None:
@@ -49,9 +60,11 @@ def adopt_slurm() -> None:
     environment.setdefault("MASTER_PORT", "29500")
 
 
-def work(run_dir: Path) -> int:
+def work(run_dir: Path, packages: Sequence[str]) -> int:
     """Join the other ranks and run; rank 0 claims the directory where `align train` has not done so."""
     adopt_slurm()
+    config.use(packages)
+    rundir.read_config(run_dir)
     free = os.environ.get("RANK", "0") == "0" and LOCKED not in os.environ
     with exits.terminable(), rundir.lock(run_dir) if free else nullcontext():
         return _work(run_dir)
@@ -62,6 +75,9 @@ def _work(run_dir: Path) -> int:
     from align_cli.run import prepare, run
 
     plan = experiment.read(rundir.read_config(run_dir))
+    problems = [*experiment.needs_gpu(plan), *_wrong_ranks(plan, run_dir)]
+    if problems:
+        raise UserError("\n".join(problems))
     device = distributed.local_device(plan.launch.accelerator)
     if plan.engine.stage is not None:
         distributed.join(device)
@@ -70,6 +86,17 @@ def _work(run_dir: Path) -> int:
     finally:
         distributed.leave()
     return exits.DONE
+
+
+def _wrong_ranks(plan: "Experiment", run_dir: Path) -> list[str]:
+    """What is wrong with the number of ranks that were started."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if plan.engine.stage is None and ranks > 1:
+        return [f"engine=torch runs in one process; {ranks} were started. Prepare the run with engine=zero0 to zero3."]
+    saved = [checkpoint.ranks for checkpoint in committed(run_dir / "checkpoints")[:1]]
+    return [
+        f"{run_dir}: its checkpoints are of {there} rank(s); {ranks} were started." for there in saved if there != ranks
+    ]
 
 
 if __name__ == "__main__":

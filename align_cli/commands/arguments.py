@@ -1,12 +1,19 @@
 """The arguments that train, plan and data show share: Hydra overrides and a few flags."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from align_cli import config
+import yaml
+
+from align_cli import config, terminal
 from align_cli.config import Tree
 from align_cli.errors import UserError
 from align_cli.secrets import refuse_secrets
+
+SWITCHES = {"-m": "multirun", "--multirun": "multirun", "--cfg": "show_config", "--config": "show_config"}
+FOLDERS, PLUGINS = "--config-dir", "--plugin"
 
 
 @dataclass(frozen=True)
@@ -19,36 +26,64 @@ class Arguments:
     show_config: bool
 
     def compose(self) -> Tree:
-        """The composed training configuration."""
+        """The composed training configuration.
+
+        Raises:
+            UserError: it cannot be composed, or is one of several (`-m`), which are for `align train` to compose.
+        """
+        if self.multirun:
+            raise UserError("-m, --multirun: only align train takes it; one value for each key would be right here.")
         return config.compose("train", self.overrides, self.config_dirs)
+
+    def print_config(self) -> None:
+        """Print the composed configuration."""
+        terminal.result(yaml.safe_dump(self.compose(), sort_keys=False, allow_unicode=True).rstrip())
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Tell flags from overrides.
+    """Tell flags from overrides; the packages that `--plugin` names are known from here on.
 
     Raises:
-        UserError: an argument is neither, or holds a secret.
+        UserError: all arguments that are neither, or one that holds a secret.
     """
     refuse_secrets(argv)
     overrides: list[str] = []
-    config_dirs: list[str] = []
-    multirun = show_config = False
+    switches: set[str] = set()
+    named: dict[str, list[str]] = {FOLDERS: [], PLUGINS: []}
+    problems: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
-        if argument in ("-m", "--multirun"):
-            multirun = True
-        elif argument in ("--cfg", "--config"):
-            show_config = True
-        elif argument == "--config-dir" or argument.startswith("--config-dir="):
-            folder = argument.partition("=")[2] or next(arguments, "")
-            if not folder:
-                raise UserError("--config-dir needs a folder.")
-            config_dirs.append(folder)
+        flag, _, value = argument.partition("=")
+        if argument in SWITCHES:
+            switches.add(SWITCHES[argument])
+        elif flag in named:
+            value = value or next(arguments, "")
+            named[flag].append(value)
+            if not value:
+                problems.append(f"{flag} needs a {'folder' if flag == FOLDERS else 'package'}.")
         elif argument.startswith("-"):
-            flags = ["-m", "--multirun", "--config-dir", "--cfg"]
-            raise UserError(f"{argument}: no such option.{config.did_you_mean(argument, flags)} See align --help.")
+            near = config.did_you_mean(flag, [*SWITCHES, *named])
+            problems.append(f"{argument}: no such option.{near} See align --help.")
         elif "=" not in argument and not argument.startswith("~"):
-            raise UserError(f"{argument}: key=value would be right, such as algo=nca or train.lr=1e-6.")
+            problems.append(f"{argument}: key=value would be right, such as algo=nca or train.lr=1e-6.")
         else:
             overrides.append(argument)
-    return Arguments(tuple(overrides), tuple(config_dirs), multirun, show_config)
+    if problems:
+        raise UserError("\n".join(problems))
+    config.use(named[PLUGINS])
+    return Arguments(
+        overrides=tuple(overrides),
+        config_dirs=(*named[FOLDERS], *_folders_of(named[PLUGINS])),
+        multirun="multirun" in switches,
+        show_config="show_config" in switches,
+    )
+
+
+def _folders_of(packages: Sequence[str]) -> list[str]:
+    """The folder `conf` of each package that brings one, so that its YAML need not be named apart."""
+    folders: list[str] = []
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        folders += [str(Path(root, "conf")) for root in spec.submodule_search_locations or ()]
+    return [folder for folder in folders if Path(folder).is_dir()]

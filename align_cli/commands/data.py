@@ -14,9 +14,10 @@ def main(argv: list[str]) -> int:
     places = [argument for argument in argv[1:] if argument.startswith("index=")]
     given = arguments.parse([argument for argument in argv[1:] if argument not in places])
     index = _index(places)
-    tree = given.compose()
-    tree["run"]["dir"] = "unused"
-    checked = experiment.read(tree)
+    if given.show_config:
+        given.print_config()
+        return exits.DONE
+    checked = experiment.read(experiment.placed(given.compose(), "unused"))
 
     from align_cli.data.show import show
     from align_cli.run import prepare

@@ -21,8 +21,12 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{source}: the run has not finished; align train with the same configuration resumes it.")
     if given.dest.exists():
         raise UserError(f"{given.dest} exists; choose a new folder.")
-    export(source, given.dest)
-    (given.dest / "README.md").write_text(card(config, rundir.read_summary(given.run) or {}), encoding="utf-8")
+    summary = rundir.read_summary(given.run) or {}
+    try:
+        export(source, given.dest)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: the model cannot be read or written: {' '.join(str(error).split())}") from error
+    (given.dest / "README.md").write_text(card(config, summary), encoding="utf-8")
     terminal.result(f"{given.dest}: safetensors, tokenizer and model card, read back and equal to {source}")
     return exits.DONE
 

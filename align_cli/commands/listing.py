@@ -81,9 +81,9 @@ def _status(run: Path, finished: bool) -> str:
 def _run_line(run: Path) -> list[str]:
     try:
         config = flatten(read_config(run))
+        summary = read_summary(run)
     except UserError as error:  # one run that cannot be read does not hide the others
         return [str(run), *([""] * (len(_CHOSEN) + len(_FIGURES))), f"unreadable: {error}"]
-    summary = read_summary(run)
     figures: dict[str, Any] = summary or {}
 
     def shown(values: dict[str, Any], key: str) -> str:
@@ -178,12 +178,15 @@ def cp(arguments: argparse.Namespace) -> int:
         destination = destination / path.name
     if destination.suffix != ".yaml":
         destination = destination.with_name(destination.name + ".yaml")
-    destination.parent.mkdir(parents=True, exist_ok=True)
     try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "rb") as source, open(destination, "xb") as copy:
             shutil.copyfileobj(source, copy)
     except FileExistsError as error:
-        raise UserError(f"{destination} exists; remove it, or copy to another name") from error
+        there = error.filename or destination
+        raise UserError(f"{there} exists; remove it, or copy to another name") from error
+    except OSError as error:
+        raise UserError(f"{destination} cannot be written: {error.strerror}") from error
     terminal.say(f"{entry} copied to {destination}")
     return 0
 

@@ -14,9 +14,11 @@ from align_cli.experiment import Experiment
 
 def main(argv: list[str]) -> int:
     """`plan [key=value ...]`; returns 0 if the run fits, 1 if it does not."""
-    tree = arguments.parse(argv).compose()
-    tree["run"]["dir"] = tree["run"]["dir"] or "runs/<time>"
-    checked = experiment.read(tree)
+    given = arguments.parse(argv)
+    if given.show_config:
+        given.print_config()
+        return exits.DONE
+    checked = experiment.read(experiment.placed(given.compose(), "runs/<time>"))
     console = Console()
     console.print(way(checked), soft_wrap=True, markup=False, highlight=False)
     console.print(columns_table(checked))

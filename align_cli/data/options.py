@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align_cli.ranges import Count, WholeNumber
+from align_cli.ranges import Count, NotEmpty, WholeNumber
 
 Format = Literal[
     "auto",
@@ -57,7 +57,7 @@ class Data:
     """
 
     name: str
-    path: str | None
+    path: NotEmpty | None
     revision: str | None
     subset: str | None
     split: str

@@ -13,7 +13,7 @@ training and the held-out prompts are two lists of groups in it, train/ and held
 """
 
 import hashlib
-import importlib
+import inspect
 import io
 import json
 import os
@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
+from align_cli import config
 from align_cli.data import schemas
 from align_cli.data.choose import choose
 from align_cli.data.options import Data
@@ -226,7 +227,7 @@ def prepare(
         held_out = open_rows(data.path, revision=data.revision, subset=data.subset, split=data.held_out_split)
     sources = [source.identity, held_out.identity if held_out else ""]
     told = {**asdict(data), "expected": None}
-    decides = json.dumps([sources, told, identity(tokenizer), seed, pairwise, code()], sort_keys=True)
+    decides = json.dumps([sources, told, identity(tokenizer), seed, pairwise, code(converter(data))], sort_keys=True)
     folder = cache / hashlib.sha256(decides.encode()).hexdigest()[:32]
     if not (folder / "train").is_dir():
         build(folder, Build(data, tokenizer, seed=seed, say=say, pairwise=pairwise), source, held_out)
@@ -235,10 +236,10 @@ def prepare(
     return train, Store(folder / "held_out")
 
 
-def code() -> str:
-    """A digest of the code that makes a store."""
+def code(convert: Convert) -> str:
+    """A digest of the code that makes a store, which may be a plugin's."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(convert))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -432,7 +433,7 @@ def converter(data: Data) -> Callable[[Row, str], Record]:
     """The function that turns this dataset's rows into records."""
     if data.format != "auto":
         return schemas.SCHEMAS[data.format].record
-    return importlib.import_module(f"align_cli.data.{data.name}").record
+    return config.find("align_cli.data", data.name, "data", function="record")
 
 
 def digest_of(record: Record) -> bytes:
