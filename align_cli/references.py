@@ -11,12 +11,13 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from align_cli import distributed
+from align_cli import distributed, terminal
 from align_cli.data.batches import MicroBatch, flatten, split
 from align_cli.data.store import Group
 from align_cli.engine import Engine
@@ -68,8 +69,13 @@ class Cached:
         self.measured = 0
         folder.mkdir(parents=True, exist_ok=True)
         for shard in sorted(folder.glob("*.npz")):
-            with np.load(shard, allow_pickle=False) as stored:
-                names, values = stored["names"], stored["values"]
+            try:
+                with open(shard, "rb") as file, np.load(file, allow_pickle=False) as stored:
+                    names, values = stored["names"], stored["values"]
+            except (ValueError, KeyError, EOFError, BadZipFile):  # cut by a full disk or a copy that was interrupted
+                if distributed.rank() == 0:
+                    terminal.warn(f"{shard} is damaged; its responses are measured again")
+                continue
             self.figures |= {name.tobytes(): float(value) for name, value in zip(names, values, strict=True)}
 
     @staticmethod

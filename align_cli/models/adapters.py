@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685), through peft."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ def attach(network: PreTrainedModel, adapter: Adapter, *, seed: int) -> PreTrain
     if adapter.rank is None:
         return network
     # Every rank must draw the same adapter.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), quiet_peft():
         torch.manual_seed(seed)
         try:
             return get_peft_model(
@@ -47,6 +48,14 @@ def attach(network: PreTrainedModel, adapter: Adapter, *, seed: int) -> PreTrain
             )
         except ValueError as error:
             raise UserError(f"adapter.targets={adapter.targets}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that peft reads a property of transformers by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 @contextmanager
