@@ -1,0 +1,71 @@
+"""How ratings become rewards: closed forms, ties, more than two responses."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from align_cli.rewards import given, hard, smoothed
+
+RATINGS = torch.tensor([[1.0, 5.0, 3.0], [4.0, -2.0, 0.5], [0.1, 0.2, 0.3]], dtype=torch.float64)
+TIED = torch.tensor([[2.0, 2.0, 1.0], [3.0, 3.0, 3.0]], dtype=torch.float64)
+NO = -torch.inf
+
+
+def test_given_ratings_are_the_rewards() -> None:
+    assert given(RATINGS) is RATINGS
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 0.3, 7.0])
+def test_the_softmax_of_hard_rewards_is_one_hot_at_every_temperature(alpha: float) -> None:
+    expected = torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.float64)
+    for ties in ("split", "first"):
+        assert_close((hard(RATINGS, ties=ties) / alpha).softmax(-1), expected, rtol=0, atol=0)
+
+
+def test_ties_share_a_hard_label_or_the_first_has_it() -> None:
+    zero_one = torch.tensor([[0.0, 0.0, NO], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert torch.equal(hard(TIED, ties="split"), zero_one)
+    assert torch.equal(hard(TIED, ties="first"), torch.tensor([[0.0, NO, NO]] * 2, dtype=torch.float64))
+    assert_close(hard(TIED, ties="split").softmax(-1).sum(-1), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 0.3, 7.0])
+@pytest.mark.parametrize("responses", [2, 3, 5])
+def test_the_softmax_of_smoothed_rewards_is_the_smoothed_label(alpha: float, responses: int) -> None:
+    ratings = torch.arange(responses, dtype=torch.float64).flip(0)[None]
+    label = (smoothed(ratings, label_smoothing=0.1, alpha=alpha) / alpha).softmax(-1)
+    expected = torch.tensor([[0.9, *[0.1 / (responses - 1)] * (responses - 1)]], dtype=torch.float64)
+    assert_close(label, expected, rtol=1e-12, atol=0)
+
+
+def test_a_smoothed_pair_is_that_of_exo_pref() -> None:
+    found = smoothed(torch.tensor([[0.2, 0.7]], dtype=torch.float64), label_smoothing=1e-3, alpha=0.5)
+    expected = torch.tensor([[0.5 * math.log(1e-3), 0.5 * math.log(1 - 1e-3)]], dtype=torch.float64)
+    assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_the_first_of_tied_responses_has_the_smoothed_label() -> None:
+    label = smoothed(TIED, label_smoothing=0.2, alpha=1.0).softmax(-1)
+    assert_close(label, torch.tensor([[0.8, 0.1, 0.1]] * 2, dtype=torch.float64))
+
+
+def test_the_label_is_the_limit_of_little_smoothing() -> None:
+    for responses in (2, 4):
+        ratings = torch.rand(6, responses, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        nearly = smoothed(ratings, label_smoothing=1e-9, alpha=0.3) / 0.3
+        assert_close(nearly.softmax(-1), hard(ratings, ties="first").softmax(-1), rtol=0, atol=2e-9)
+
+
+def test_rewards_depend_on_the_order_of_ratings_alone_and_follow_the_responses() -> None:
+    for make in (lambda r: hard(r, ties="split"), lambda r: smoothed(r, label_smoothing=0.1, alpha=0.3)):
+        assert_close(make(RATINGS * 3 + 1), make(RATINGS), rtol=0, atol=0)
+        assert_close(make(RATINGS.flip(-1)), make(RATINGS).flip(-1), rtol=0, atol=0)
+
+
+def test_ratings_stay_as_they_were() -> None:
+    before = TIED.clone()
+    hard(TIED, ties="first")
+    smoothed(TIED, label_smoothing=0.1, alpha=1.0)
+    assert torch.equal(TIED, before)
