@@ -134,7 +134,8 @@ def activation(shape: Shape, size: int) -> float:
 
     Two normalisations keep their input in fp32 (8 H) and their output; queries, keys and values before and after the
     rotation, and the attention's output are kept (7 H and 3 times the keys' width in all); of the gated feed-forward
-    part the gate, its activation, the other branch and their product (4 I).
+    part the gate, its activation, the other branch and their product (4 I). Without a gate, or with norms that need no
+    fp32, it is less; the figure is meant to be no less than the truth.
     """
     inner = shape.intermediate * shape.experts_per_token
     return 8 * shape.hidden + size * (7 * shape.hidden + 3 * shape.kv_width + 4 * inner)
