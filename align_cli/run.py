@@ -92,6 +92,11 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
         if experiment.data.path == "world":
             experiment = replace(experiment, data=replace(experiment.data, path=str(made.samples)))
     tokenizer = load_tokenizer(experiment.model)
+    if experiment.reference.path is not None:
+        try:
+            load_tokenizer(replace(experiment.model, path=experiment.reference.path, revision=None))
+        except UserError as error:
+            raise UserError(f"reference.path={experiment.reference.path}: {error}") from error
     store, held_out = prepare_data(
         experiment.data,
         tokenizer,
@@ -100,7 +105,26 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
         say=say,
         pairwise=experiment.pairwise,
     )
+    _refuse_unfit(experiment, store, held_out)
     return Prepared(experiment, tokenizer, store, held_out, problems)
+
+
+def _refuse_unfit(experiment: Experiment, store: Store, held_out: Store) -> None:
+    """Refuse data that the algorithm learns nothing from, or that the model has no positions for."""
+    if "rewards" in experiment.made and "mismatch_kl" not in experiment.made and store.responses.max() < 2:
+        raise UserError(
+            f"algo={experiment.algorithm} compares the responses of a prompt; {experiment.data.path} has one for each. "
+            "algo=sft learns from one."
+        )
+    told = read_architecture(experiment.model).to_dict()
+    positions = [told[name] for name in ("max_position_embeddings", "n_positions") if isinstance(told.get(name), int)]
+    longest = max(int(part.longest.max()) for part in (store, held_out) if len(part))
+    if positions and longest > positions[0]:
+        raise UserError(
+            f"data.max_length={experiment.data.max_length}: a prompt with its response has {longest} tokens; "
+            f"model.path={experiment.model.path} has {positions[0]} positions. data.max_length={positions[0]} drops or "
+            "shortens what is longer."
+        )
 
 
 def _imitate(demonstrations: Path, start: Path, out: Path, options: World) -> None:
@@ -125,7 +149,11 @@ def _imitate(demonstrations: Path, start: Path, out: Path, options: World) -> No
         "run.dir": folder,
         "run.seed": options.seed,
     }
-    tree = config.compose("train", [f"{key}={value}" for key, value in chosen.items()])
+
+    def told(value: object) -> str:
+        return config.quoted(str(value)) if isinstance(value, Path) else str(value)
+
+    tree = config.compose("train", [f"{key}={told(value)}" for key, value in chosen.items()])
     folder.mkdir()
     run(_prepare(read(tree), _quiet), folder)
     (folder / "model").rename(out)

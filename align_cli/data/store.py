@@ -72,6 +72,7 @@ class Store:
         responses: (n,) K of each group.
         prompt_tokens: (n,) tokens of each prompt.
         response_tokens: (n,) tokens of all responses of each group.
+        longest: (n,) tokens of each prompt and its longest response together.
         digest: of tokens, ratings and order.
         report: what became of the rows; the same for both stores of a dataset.
     """
@@ -121,6 +122,13 @@ class Store:
     @cached_property
     def response_tokens(self) -> NDArray[np.int64]:
         return np.diff(self.index[:, 0])[self.chosen] - self.prompt_tokens
+
+    @cached_property
+    def longest(self) -> NDArray[np.int64]:
+        starts = self.index[:-1, 1]
+        responses = self.lengths.astype(np.int64)
+        responses[starts] = 0
+        return self.prompt_tokens + np.maximum.reduceat(responses, starts)[self.chosen]
 
 
 class Growing:

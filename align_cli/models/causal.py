@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -39,12 +40,16 @@ class Model:
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, as it is saved beside the weights."""
-    read_architecture(model)
+    """The model's own tokenizer, as it is saved beside the weights; a model that could not be loaded is refused now."""
+    takes_flat_rows(read_architecture(model))
+    _refuse_pickles(model.path)
     try:
         return AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path={model.path}: no tokenizer can be read: {_first_line(error)}") from error
+        raise UserError(
+            f"model.path={model.path}: no tokenizer can be read: {_first_line(error)} The folder needs the "
+            "tokenizer's own files, such as tokenizer.json."
+        ) from error
 
 
 def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrainedModel:
@@ -64,7 +69,7 @@ def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrai
             attn_implementation=implementation,
             quantization_config=_nf4(dtype) if bits == 4 else None,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.path={model.path}: the weights cannot be read: {_first_line(error)}") from error
     return silence_dropout(network)
 
@@ -82,7 +87,9 @@ def takes_flat_rows(config: Any) -> bool:
     try:
         architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError as error:
-        raise UserError(f"model type '{config.model_type}' is no causal language model of transformers.") from error
+        raise UserError(
+            f"model.path: model type '{config.model_type}' is no causal language model of transformers."
+        ) from error
     layers = config.to_dict().get("layer_types") or ()
     return bool(architecture._supports_attention_backend) and set(layers) <= {"full_attention", "sliding_attention"}
 
@@ -203,12 +210,15 @@ def flat_rows_error(network: nn.Module, vocabulary: int, device: torch.device) -
 
 def read_architecture(model: Model) -> Any:
     """The model's transformers configuration, never running code that comes with it."""
+    if not model.path or (model.path.startswith((".", "/", "~")) and not Path(model.path).is_dir()):
+        raise UserError(f"model.path={model.path}: there is no such folder (seen from {Path.cwd()}).")
     try:
         config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path={model.path}: no model can be read there: {_first_line(error)} "
-            "A folder with config.json and safetensors, or a hub id that can be reached, would be right."
+            "A folder with config.json and safetensors, or a hub id that can be reached, would be right; a model's own "
+            "code is never run."
         ) from error
     return config
 
