@@ -213,7 +213,10 @@ def _lift(override: str, groups: Mapping[str, Sequence[str]]) -> str:
     if override.startswith("~"):
         return override
     bare = override.lstrip("+")
-    return bare if bare.partition("=")[0] in groups else f"++{bare}"
+    key, _, value = bare.partition("=")
+    if key in groups and value.strip().lower() == "null":
+        return f"~{key}"
+    return bare if key in groups else f"++{bare}"
 
 
 def _explain(error: Exception) -> str:
@@ -224,6 +227,12 @@ def _explain(error: Exception) -> str:
         return f"{mark.name}:{mark.line + 1}: not YAML: {error.problem}."
     text = re.split(r"Config search path:|Set the environment variable HYDRA_FULL_ERROR", str(error))[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    unknown = re.match(r"Interpolation key '(.*)' not found", lines[0])
+    if isinstance(error, OmegaConfBaseException) and unknown:
+        return (
+            f"{error.full_key}=${{{unknown[1]}}}: there is no {unknown[1]}. A value of its own, as "
+            f"{error.full_key}=VALUE, or another choice would be right."
+        )
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {lines[0]}." if error.full_key else f"{lines[0]}."
     return " ".join(lines)
