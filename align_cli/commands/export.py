@@ -1,10 +1,18 @@
 """`align export`: a run's model as an ordinary Hugging Face folder, with adapters merged, read back and compared."""
 
 import argparse
+import os
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align_cli import exits, rundir, terminal
 from align_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from transformers import PreTrainedModel
 
 TOLERANCE = 1e-3  # nats of a probe's log-probabilities, for fp32 arithmetic on the same weights
 
@@ -32,36 +40,57 @@ def main(argv: list[str]) -> int:
 
 
 def export(source: Path, dest: Path) -> None:
-    """Merge adapters, save, read back, compare.
+    """Merge adapters, save, read back, compare; `dest` is there whole or not at all.
 
     Raises:
+        UserError: adapters that are no safetensors.
         RuntimeError: what was read back does not compute the same.
     """
     import torch
-    from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    adapted = (source / "adapter_config.json").is_file()
-    if adapted:
-        wrapped = AutoPeftModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        assert isinstance(wrapped, PeftModel)
-        probe = torch.arange(4, 20)[None] % int(wrapped.config.vocab_size)
-        before = _logprobs(wrapped, probe)
-        network = wrapped.merge_and_unload()
+    if (source / "adapter_config.json").is_file():
+        before, network, probe = _merged(source)
     else:
         network = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
         probe = torch.arange(4, 20)[None] % int(network.config.vocab_size)
         before = _logprobs(network.float(), probe)
         network = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
-    network.save_pretrained(dest, safe_serialization=True)
-    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(dest)
-    again = AutoModelForCausalLM.from_pretrained(dest, use_safetensors=True, trust_remote_code=False).float()
-    difference = float((_logprobs(again, probe) - before).abs().max())
-    if difference > TOLERANCE:
-        raise RuntimeError(f"{dest} read back differs by {difference:.3g} nats from {source}; it is not to be used.")
+    partial = dest.with_name(f"{dest.name}.{os.getpid()}.tmp")
+    try:
+        network.save_pretrained(partial, safe_serialization=True)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(partial)
+        again = AutoModelForCausalLM.from_pretrained(partial, use_safetensors=True, trust_remote_code=False).float()
+        difference = float((_logprobs(again, probe) - before).abs().max())
+        if not difference <= TOLERANCE:  # NaN is no agreement either
+            raise RuntimeError(f"what was written differs by {difference:.3g} nats from {source}; it is removed.")
+        partial.rename(dest)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _logprobs(network, probe):  # type: ignore[no-untyped-def]
+def _merged(source: Path) -> tuple["Tensor", "PreTrainedModel", "Tensor"]:
+    """Log-probabilities of a probe before merging, the merged model in fp32, and the probe."""
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from align_cli.models.adapters import quiet_peft
+
+    if not (source / "adapter_model.safetensors").is_file():
+        raise UserError(f"{source}: it has no adapter_model.safetensors; adapters in safetensors would be right.")
+    start = str(PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
+    base = AutoModelForCausalLM.from_pretrained(
+        start, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    with quiet_peft():
+        wrapped = PeftModel.from_pretrained(base, str(source))
+    probe = torch.arange(4, 20)[None] % int(base.config.vocab_size)
+    before = _logprobs(wrapped, probe)
+    return before, wrapped.merge_and_unload(), probe  # pyright: ignore[reportCallIssue]  it is a LoRA model
+
+
+def _logprobs(network: "Module", probe: "Tensor") -> "Tensor":
     import torch
 
     with torch.no_grad():
