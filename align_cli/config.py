@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -63,8 +63,7 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     try:
         with initialize_config_dir(str(paths.conf()), version_base="1.3"):
             composed = hydra_compose(command, [search_path, *lifted], return_hydra_config=True)
-            plain = hydra_compose(command, [search_path], return_hydra_config=True)
-        _refuse_hydra_node(OmegaConf.to_container(composed.hydra), OmegaConf.to_container(plain.hydra))
+        _refuse_hydra_node(OmegaConf.to_container(composed.hydra), _plain_hydra_node(command))
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
         _refuse_code_inside(OmegaConf.to_container(composed, resolve=False), "")
@@ -82,6 +81,18 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     if problems:
         raise UserError("\n".join(problems))
     return {str(key): value for key, value in tree.items()}
+
+
+@cache
+def _plain_hydra_node(command: str) -> Any:
+    """Hydra's own settings where no file and no override has touched them."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(paths.conf()), version_base="1.3"):
+        plain = hydra_compose(command, [f"hydra.searchpath=[{quoted(f'file://{paths.recipes().parent}')}]"], True)
+    return OmegaConf.to_container(plain.hydra)
 
 
 def parse(overrides: Sequence[str]) -> list[Any]:

@@ -1,0 +1,105 @@
+"""The command `align`: help, version, completion, and how an error becomes an exit code."""
+
+import importlib
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from align_cli import __version__, cli, exits
+from align_cli.commands import completion
+from align_cli.errors import Stopped, UserError
+
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "wandb", "hydra", "pydantic", "matplotlib", "numpy")
+
+
+def children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["-sc", "query=bash"], ["ls"]])
+def test_answers_that_need_nothing_heavy_take_less_than_half_a_second(arguments: list[str]) -> None:
+    program = (
+        "import sys; from align_cli import cli\n"
+        f"assert cli.dispatch({arguments}) == 0\n"
+        f"print(sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
+    )
+    before = children_seconds()
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert children_seconds() - before < 0.5
+    assert ended.stderr.splitlines()[-1] == "[]"
+    assert ended.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], ["help"], ["train", "-h"], ["plan", "--help"]])
+def test_help_lists_every_command_and_exit_code(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.dispatch(arguments) == 0
+    told = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"\n  align {name} " in told, name
+    for code in (exits.DONE, exits.FAILED, exits.USER, exits.STOPPED):
+        assert f"{code} " in told
+    for flag in ("-m", "--multirun", "--config-dir", "--plugin", "--cfg"):
+        assert flag in told
+
+
+def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.dispatch(["--version"]) == 0
+    assert capsys.readouterr().out == f"align {__version__}\n"
+
+
+def test_every_command_has_a_module() -> None:
+    for module in set(cli.COMMANDS.values()):
+        assert callable(importlib.import_module(f"align_cli.commands.{module}").main)
+
+
+def test_errors_become_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    def raising(error: BaseException) -> int:
+        def command() -> int:
+            raise error
+
+        return exits.guarded(command)
+
+    assert raising(UserError("one\ntwo")) == exits.USER
+    assert capsys.readouterr().err.splitlines() == ["error: one", "error: two"]
+    assert raising(Stopped("saved step 3")) == exits.STOPPED
+    assert raising(KeyboardInterrupt()) == exits.STOPPED
+    with pytest.raises(RuntimeError, match="unexpected"):
+        raising(RuntimeError("unexpected"))
+
+
+def test_cfg_prints_the_composed_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["train"], ["plan"], ["data", "show"]):
+        assert cli.dispatch([*command, "--cfg", "algo=exo", "train.lr=0.25"]) == 0
+        told = capsys.readouterr().out
+        assert "  name: exo\n" in told and "  lr: 0.25\n" in told
+
+
+@pytest.mark.parametrize(
+    "line, answers",
+    [
+        ("align ", set(cli.COMMANDS)),
+        ("align tr", {"train"}),
+        ("align train al", {"algo=", "algo_setting="}),
+        ("align train algo=nc", {"algo=nca"}),
+        ("align train -m algo=dpo,nc", {"algo=dpo,nca"}),
+        ("align train train.l", {"train.lr="}),
+        ("align plan engine=zero", {f"engine=zero{stage}" for stage in range(4)}),
+        ("align data show data=ultrai", {"data=ultrainteract"}),
+        ("align train recipes=nca/ultrai", {"recipes=nca/ultrainteract"}),
+        ("align show algo/nc", {"algo/nca"}),
+        ("align ls rec", {"recipes"}),
+        ("align doctor ", set()),
+    ],
+)
+def test_completion_knows_commands_groups_and_keys(line: str, answers: set[str]) -> None:
+    assert set(completion.complete(line)) == answers
+
+
+def test_completion_can_be_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.dispatch(["-sc", "install=bash"]) == 0
+    script = capsys.readouterr().out
+    ended = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and ended.stderr == ""
