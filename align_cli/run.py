@@ -82,6 +82,12 @@ def _quiet(text: str) -> None:
 
 
 def _prepare(experiment: Experiment, say: Say) -> Prepared:
+    try:
+        paths.cache().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"ALIGN_CACHE={paths.cache()} cannot be written: {error.strerror}; another folder would be right."
+        ) from error
     problems = None
     if experiment.world is not None and "world" in (experiment.model.path, experiment.data.path):
         with terminal.counter() as progress:

@@ -507,6 +507,13 @@ def test_ranks_are_started_by_one_program_only(
     says(refused(*train()), "torchrun", "launch=prepare", "align_cli.worker")
 
 
+def test_a_cache_that_cannot_be_written_is_named(
+    train: Command, refused: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGN_CACHE", "/dev/null/cache")
+    says(refused(*train()), "ALIGN_CACHE=/dev/null/cache cannot be written", "another folder")
+
+
 # --- a run directory from somebody else
 
 
