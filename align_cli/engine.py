@@ -24,6 +24,8 @@ from align_cli.ranges import Count, Fraction, NonNegative, Positive
 
 Network = PreTrainedModel | PeftModel
 
+NEVER = 1e30  # a norm that no gradient reaches
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -192,13 +194,14 @@ class TorchEngine(Engine):
 def deepspeed_config(options: EngineOptions, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
     """The whole DeepSpeed configuration; what changed its default in 2026 is written out."""
     low = options.dtype(device) == torch.bfloat16
-    unclipped = optimizer.max_grad_norm is None or (options.stage == 0 and not low)
+    limit = float("inf") if optimizer.max_grad_norm is None else optimizer.max_grad_norm
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # A step has as many micro-batches as its tokens need; `step()` is the boundary.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": 0.0 if unclipped else optimizer.max_grad_norm,
+        # DeepSpeed tells the norm of a gradient only where it clips; at stage 0 in fp32 it does not tell it then.
+        "gradient_clipping": 0.0 if options.stage == 0 and not low else min(limit, NEVER),
         "bf16": {"enabled": low, "check_grad_overflow": False},
         "fp16": {"enabled": False},
         "zero_optimization": {
@@ -224,7 +227,7 @@ def settle_deepspeed(device: torch.device) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type != "cpu":
         return
-    if get_accelerator().device_name() != "cpu":  # transformers imports DeepSpeed, which takes a GPU if there is one
+    if not isinstance(get_accelerator(), CPU_Accelerator):  # transformers has imported DeepSpeed, which takes a GPU
         set_accelerator(CPU_Accelerator())
     # gloo does without this operator, which would ask for a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -253,7 +256,6 @@ class DeepSpeedEngine(Engine):
         self.optimizer = adamw(trainable(network), optimizer)
         self.norm: Tensor | None = None
         if config["gradient_clipping"] == 0.0:
-            # DeepSpeed tells no norm where it does not clip, nor at stage 0 in fp32.
             self.optimizer.register_step_pre_hook(self._clip)
         self.engine, *_ = deepspeed.initialize(
             model=network, optimizer=self.optimizer, config=config, dist_init_required=False

@@ -27,6 +27,7 @@ from align_cli.run import Prepared, prepare, run
 
 # What may differ between a run and its resumption: it does not change what is computed.
 FREE = ("resume", "track", "checkpoint", "run.dir", "launch.name")
+LAST_WORDS = 15  # lines of a failing rank's log that are shown
 GRACE = 25.0  # seconds that ranks have to save after a signal, before they are killed
 
 
@@ -171,18 +172,25 @@ def spawn(run_dir: Path, ranks: int, held: int) -> int:
                     start_new_session=True,
                 )
             )
-    code = _wait(processes)
-    if code not in (exits.DONE, exits.STOPPED):
-        for rank, process in enumerate(processes):
-            tail = (logs / f"rank_{rank}.log").read_text(errors="replace").strip().splitlines()[-5:]
-            if rank > 0 and process.returncode not in (exits.DONE, -signal.SIGTERM) and tail:
-                terminal.say(f"rank {rank} ended with {process.returncode}: {' | '.join(tail)}")
+    code, failed = _wait(processes)
+    if failed is None:
+        return code
+    ended = processes[failed].returncode
+    how = f"with exit code {ended}" if ended > 0 else f"by signal {-ended} ({signal.Signals(-ended).name})"
+    terminal.error(f"rank {failed} ended {how}; the other ranks were stopped")
+    for line in (logs / f"rank_{failed}.log").read_text(errors="replace").strip().splitlines()[-LAST_WORDS:]:
+        terminal.say(f"  rank {failed}: {line}")
     return code
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all, passing signals on; the first failure stops the rest, a second Ctrl-C kills them."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int | None]:
+    """Wait for all, passing signals on; the first failure stops the rest, a second Ctrl-C kills them.
+
+    Returns:
+        The run's exit code, and the rank that failed first.
+    """
     asked: list[int] = []
+    failed: int | None = None
 
     def forward(number: int, frame: FrameType | None) -> None:
         asked.append(number)
@@ -193,24 +201,31 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         while any(process.poll() is None for process in processes):
-            codes = [process.returncode for process in processes]
-            if any(code not in (None, exits.DONE, exits.STOPPED) for code in codes):
+            failed = _first_failure(processes)
+            if failed is not None:
                 _stop(processes)
                 break
             time.sleep(0.05)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if failed is None:
+        failed = _first_failure(processes)
     codes = [process.returncode for process in processes]
-    if all(code == exits.DONE for code in codes):
-        return exits.DONE
     # A rank that was not yet ready to save has ended at once, and the others with an error because it left.
     if asked and any(code in (exits.STOPPED, -signal.SIGTERM, -signal.SIGKILL) for code in codes):
-        return exits.STOPPED
-    bad = [code for code in codes if code not in (exits.DONE, exits.STOPPED, -signal.SIGTERM)]
-    if bad:
-        return bad[0] if bad[0] > 0 else exits.FAILED
-    return exits.STOPPED if exits.STOPPED in codes else exits.FAILED
+        return exits.STOPPED, None
+    if failed is not None:
+        return max(codes[failed], 0) or exits.FAILED, failed
+    return exits.STOPPED if exits.STOPPED in codes else exits.DONE, None
+
+
+def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """The first rank that has ended otherwise than by finishing or saving; one that was killed before others."""
+    codes = {rank: process.returncode for rank, process in enumerate(processes)}
+    bad = [rank for rank, code in codes.items() if code not in (None, exits.DONE, exits.STOPPED)]
+    # The peers of a killed rank fail a moment later, and for its sake.
+    return min(bad, key=lambda rank: (codes[rank] >= 0, rank), default=None)
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -79,10 +79,11 @@ class Cached:
             self.figures |= {name.tobytes(): float(value) for name, value in zip(names, values, strict=True)}
 
     @staticmethod
-    def home(cache: Path, digest: str, *, dtype: torch.dtype, flat: bool) -> Path:
+    def home(cache: Path, digest: str, *, dtype: torch.dtype, flat: bool, bits: int | None) -> Path:
         """The folder of these weights under these numerics."""
         rows = "shared" if flat else "padded"
-        return cache / "references" / f"{digest}-{str(dtype).removeprefix('torch.')}-{rows}-v{_VERSION}"
+        numerics = str(dtype).removeprefix("torch.") if bits is None else f"{bits}bit"
+        return cache / "references" / f"{digest}-{numerics}-{rows}-v{_VERSION}"
 
     def fill(self, engine: Engine, groups: Iterable[Group], *, budget: int, say: Say) -> None:
         """Measure what is missing under the engine's present weights; every rank calls it with the same groups."""

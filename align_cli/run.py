@@ -6,59 +6,27 @@ import os
 import resource
 import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from align_cli import config, distributed, evaluate, paths, rundir, terminal, world
+from align_cli.assembly import Prepared, build_engine, build_methods
 from align_cli.checkpoints import Checkpoints
 from align_cli.data import toy
-from align_cli.data.batches import members
-from align_cli.data.store import Group, Store
+from align_cli.data.store import Store
 from align_cli.data.store import prepare as prepare_data
-from align_cli.engine import (
-    DeepSpeedEngine,
-    Engine,
-    Network,
-    TorchEngine,
-    deepspeed_config,
-    keep_zero3_alive,
-    settle_deepspeed,
-)
+from align_cli.engine import Engine
 from align_cli.errors import UserError
-from align_cli.experiment import Experiment, producers, read
-from align_cli.models.adapters import attach
-from align_cli.models.causal import flat_rows_error, load_model, load_tokenizer, read_architecture, takes_flat_rows
-from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, Say, mismatched, weights_digest
+from align_cli.experiment import Experiment, read
+from align_cli.models.causal import load_tokenizer, read_architecture
+from align_cli.references import Cached, Say
 from align_cli.rundir import Scalar
 from align_cli.tracking import Silent, Tracker
 from align_cli.train import Method, Progress, evaluate_loss, stop_signals, total_steps, train
 from align_cli.world import World
-
-# Largest difference in nats per token between a flat row and padded sequences that rounding explains.
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run reads.
-
-    Attributes:
-        experiment: with paths that exist here.
-        tokenizer: the model's.
-        train, held_out: the tokenised data.
-        problems: prompts whose responses a program can judge; None where there is no such program.
-    """
-
-    experiment: Experiment
-    tokenizer: PreTrainedTokenizerBase
-    train: Store
-    held_out: Store
-    problems: Path | None
 
 
 def prepare(experiment: Experiment) -> Prepared:
@@ -71,14 +39,10 @@ def prepare(experiment: Experiment) -> Prepared:
     leader = os.environ.get("LOCAL_RANK", "0") == "0"
     if not leader:
         distributed.barrier()
-    prepared = _prepare(experiment, terminal.say if leader else _quiet)
+    prepared = _prepare(experiment, terminal.say if leader else terminal.silent)
     if leader:
         distributed.barrier()
     return prepared
-
-
-def _quiet(text: str) -> None:
-    pass
 
 
 def _prepare(experiment: Experiment, say: Say) -> Prepared:
@@ -161,7 +125,7 @@ def _imitate(demonstrations: Path, start: Path, out: Path, options: World) -> No
 
     tree = config.compose("train", [f"{key}={told(value)}" for key, value in chosen.items()])
     folder.mkdir()
-    run(_prepare(read(tree), _quiet), folder)
+    run(_prepare(read(tree), terminal.silent), folder)
     (folder / "model").rename(out)
     shutil.rmtree(folder)
 
@@ -178,7 +142,7 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
     experiment = prepared.experiment
     device = distributed.local_device(experiment.launch.accelerator)
     engine = build_engine(experiment, device)
-    method, evaluation, cache = _methods(prepared, engine, device)
+    method, evaluation, cache = build_methods(prepared, engine, device)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.checkpoint.keep)
     progress = Progress()
     latest = checkpoints.latest()
@@ -186,6 +150,11 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
         if latest is None:
             progress.before = _evaluate(prepared, engine, evaluation)[0]
         else:
+            if latest.ranks != distributed.world():
+                raise UserError(
+                    f"{latest.folder} is of {latest.ranks} rank(s), this run has {distributed.world()}. "
+                    "Start as many as before."
+                )
             engine.load(latest.folder)
             progress = Progress(**latest.state())
         with _tracker(prepared, run_dir, progress) as tracker:
@@ -210,132 +179,6 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
                 tracker.close(summary)
     distributed.barrier()
     return summary
-
-
-def build_engine(experiment: Experiment, device: torch.device) -> Engine:
-    """The policy on this rank, tested to give the same log-probabilities on flat rows as on padded sequences."""
-    torch.manual_seed(experiment.run.seed)
-    options = experiment.engine
-    dtype = options.dtype(device)
-    flat = experiment.model.rows != "padded" and takes_flat_rows(read_architecture(experiment.model))
-    if experiment.model.rows == "shared" and not flat:
-        raise UserError(
-            f"model.rows=shared: {experiment.model.path} does not send its attention through transformers' interface. "
-            "Use model.rows=auto or padded."
-        )
-    if options.stage is None:
-        engine: Engine = TorchEngine(_network(experiment, dtype), device, flat=flat, optimizer=experiment.optimizer)
-    else:
-        settle_deepspeed(device)
-        config = deepspeed_config(options, experiment.optimizer, device)
-        alive = keep_zero3_alive(config)
-        network = _network(experiment, dtype)
-        engine = DeepSpeedEngine(network, device, flat=flat, config=config, optimizer=experiment.optimizer)
-        del alive
-    if flat:
-        _test_flat_rows(experiment, engine, dtype)
-    return engine
-
-
-def _network(experiment: Experiment, dtype: torch.dtype) -> Network:
-    base = load_model(experiment.model, dtype=dtype, bits=experiment.adapter.bits)
-    network = attach(base, experiment.adapter, seed=experiment.run.seed)
-    if experiment.engine.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if experiment.adapter.rank is not None:
-            base.enable_input_require_grads()
-    network.train()
-    return network
-
-
-def _test_flat_rows(experiment: Experiment, engine: Engine, dtype: torch.dtype) -> None:
-    vocabulary = int(engine.network.config.vocab_size)
-    error = max(distributed.gather(flat_rows_error(engine.module(), vocabulary, engine.device)))
-    if error <= ROUNDING[dtype]:
-        return
-    found = f"flat rows and padded sequences differ by {error:.3g} nats per token"
-    if experiment.model.rows == "shared":
-        raise UserError(f"model.rows=shared: {found} under this architecture. Use model.rows=padded.")
-    if distributed.rank() == 0:
-        terminal.warn(f"{found}; this architecture gets a padded sequence for each response")
-    engine.flat = False
-
-
-def _methods(prepared: Prepared, engine: Engine, device: torch.device) -> tuple[Method, Method, Cached | None]:
-    """The loss with the makers of its columns, for training and for evaluation.
-
-    A cached reference is filled now, under the starting weights; evaluation has it even where the loss has none, to
-    tell how far the policy has moved.
-    """
-    experiment = prepared.experiment
-    asked = "reference" in experiment.made
-    budget = experiment.engine.micro_tokens
-    reference, cache = None, None
-    if experiment.reference.name == "cached":
-        reference = cache = Cached(_cache_home(experiment, engine, device))
-        wanted = _groups_to_score(prepared, asked)
-        cache.fill(engine, wanted, budget=budget, say=terminal.say if distributed.rank() == 0 else _quiet)
-    elif asked and experiment.reference.name == "frozen":
-        reference = _frozen(experiment, engine, device)
-    elif asked:
-        reference = AdapterOff(engine)
-    if reference is None:
-        method = Method(experiment, producers(experiment), experiment.made)
-        return method, method, None
-    mismatch = MismatchKL(engine, reference, budget=budget)
-    makers = producers(experiment) | {"reference": reference, "mismatch_kl": mismatch}
-    seen = experiment.made if asked else (*experiment.made, "reference")
-    return Method(experiment, makers, experiment.made), Method(experiment, makers, seen), cache
-
-
-def _cache_home(experiment: Experiment, engine: Engine, device: torch.device) -> Path:
-    commit = vars(engine.network.config).get("_commit_hash")
-    digest = weights_digest(experiment.model.path, commit) if distributed.rank() == 0 else ""
-    return Cached.home(
-        paths.cache(), distributed.gather(digest)[0], dtype=experiment.engine.dtype(device), flat=engine.flat
-    )
-
-
-def _groups_to_score(prepared: Prepared, asked: bool) -> list[Group]:
-    """What a run will look up: the groups of its steps and of its evaluations, and KTO's mismatched pairs."""
-    experiment, store, held_out = prepared.experiment, prepared.train, prepared.held_out
-    evaluated = [held_out[index] for index in range(min(experiment.eval.groups, len(held_out)))]
-    if not asked:
-        return evaluated
-    of = total_steps(experiment.train, len(store))
-    wanted: dict[int, Group] = {}
-    pairs: list[Group] = []
-    for step in range(1, of + 1):
-        indices = members(len(store), step, prompts=experiment.train.prompts, seed=experiment.run.seed).tolist()
-        if "mismatch_kl" in experiment.made:
-            pairs += mismatched([store[index] for index in indices])
-        elif len(wanted) == len(store):
-            break
-        wanted |= {index: store[index] for index in indices if index not in wanted}
-    if "mismatch_kl" in experiment.made and evaluated:
-        pairs += mismatched(evaluated)
-    return [*(wanted[index] for index in sorted(wanted)), *evaluated, *pairs]
-
-
-def _frozen(experiment: Experiment, engine: Engine, device: torch.device) -> Frozen:
-    options = experiment.engine
-    model = experiment.model
-    if experiment.reference.path is not None:
-        model = replace(model, path=experiment.reference.path, revision=None)
-    dtype = options.dtype(device)
-    network: nn.Module
-    if options.stage != 3:
-        network = load_model(model, dtype=dtype, bits=experiment.adapter.bits).to(device)  # pyright: ignore
-        return Frozen(network.eval(), flat=engine.flat)
-    import deepspeed
-
-    config = deepspeed_config(options, experiment.optimizer, device)
-    alive = keep_zero3_alive(config)
-    second, *_ = deepspeed.initialize(
-        model=load_model(model, dtype=dtype, bits=None).eval(), config=config, dist_init_required=False
-    )
-    del alive
-    return Frozen(second, flat=engine.flat)
 
 
 def _evaluate(prepared: Prepared, engine: Engine, method: Method) -> tuple[dict[str, float], str]:

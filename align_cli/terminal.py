@@ -39,6 +39,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def silent(text: str) -> None:
+    """What a rank says that is not the first."""
+
+
 def warn(text: str) -> None:
     """A line about something the user should know: standard error."""
     say(f"{paint('warning:', 'yellow', sys.stderr)} {text}")

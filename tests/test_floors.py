@@ -14,7 +14,7 @@ FLOORS = (
     ("data",),
     ("models",),
     ("distributed", "engine", "checkpoints", "references", "rewards", "generation", "memory", "statistics", "rundir"),
-    ("experiment", "train", "evaluate", "tracking", "world", "run", "exits"),
+    ("experiment", "train", "evaluate", "tracking", "world", "assembly", "run", "exits"),
     ("launch", "worker", "sweep", "cli", "commands"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

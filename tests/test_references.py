@@ -209,7 +209,7 @@ def test_other_weights_dtypes_and_rows_have_folders_of_their_own(model: Path, tm
     assert weights_digest(str(tmp_path / "same"), None) != digest
     assert weights_digest("some/hub-id", "a" * 40) != weights_digest("some/hub-id", "b" * 40)
     homes = {
-        Cached.home(tmp_path, each, dtype=dtype, flat=flat)
+        Cached.home(tmp_path, each, dtype=dtype, flat=flat, bits=None)
         for each in (digest, other)
         for dtype in (torch.float32, torch.bfloat16)
         for flat in (True, False)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_runs import align, largest_difference, losses, overrides, summary, weights
 from torch import Tensor, nn
 
-from align_cli import columns, config, paths, references, run, train
+from align_cli import assembly, columns, config, paths, references, run, train
 from align_cli.data.batches import members
 from align_cli.engine import Optimizer, TorchEngine, adamw
 from align_cli.experiment import Train
@@ -224,7 +224,7 @@ def test_a_reference_of_other_weights_is_noticed(
     tiny_model: Path, ragged_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(run, "weights_digest", lambda path, commit: "one-digest-for-all")
+    monkeypatch.setattr(assembly, "weights_digest", lambda path, commit: "one-digest-for-all")
     assert references.weights_digest(str(tiny_model), None) != "one-digest-for-all"
     other = small_runs.build_model(tmp_path / "other", seed=1)
     settings = ("algo.beta=0.1", "train.steps=1")
@@ -238,7 +238,7 @@ def test_a_reference_of_other_weights_is_noticed(
 def test_a_random_part_is_noticed(
     tiny_model: Path, ragged_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = run._network
+    plain = assembly._network
 
     def shaken(*given: Any) -> Any:
         network: Any = plain(*given)
@@ -247,7 +247,7 @@ def test_a_random_part_is_noticed(
         )
         return network
 
-    monkeypatch.setattr(run, "_network", shaken)
+    monkeypatch.setattr(assembly, "_network", shaken)
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(WrongStart, match="dropout or another random part is active"):
         align("train", *overrides(tiny_model, ragged_file, tmp_path / "run", "algo.beta=1"))

@@ -232,6 +232,6 @@ def test_supervised_fine_tuning_takes_one_response_for_each_prompt() -> None:
 @pytest.mark.parametrize("group", ["algo", "divergence"])
 def test_every_key_has_its_line_of_explanation(group: str) -> None:
     for name in names(group):
-        for line in (CONF / group / f"{name}.yaml").read_text().splitlines():
+        for line in filter(str.strip, (CONF / group / f"{name}.yaml").read_text().splitlines()):
             explained = line.startswith("#") or " # " in line or line.endswith(":") or line.strip() == f"name: {name}"
             assert explained, f"{group}/{name}: {line}"
