@@ -87,6 +87,12 @@ def _refuse_unfit(experiment: Experiment, store: Store, held_out: Store) -> None
             "algo=sft learns from one."
         )
     told = read_architecture(experiment.model).to_dict()
+    largest = int(store.tokens.max())
+    if isinstance(told.get("vocab_size"), int) and largest >= told["vocab_size"]:
+        raise UserError(
+            f"model.path={experiment.model.path}: its tokenizer gives token {largest}, its weights know "
+            f"{told['vocab_size']} tokens. A tokenizer that belongs to the weights would be right."
+        )
     positions = [told[name] for name in ("max_position_embeddings", "n_positions") if isinstance(told.get(name), int)]
     longest = max(int(part.longest.max()) for part in (store, held_out) if len(part))
     if positions and longest > positions[0]:

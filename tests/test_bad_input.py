@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from small_runs import align, overrides
 
 from align_cli import experiment, rundir, worker
@@ -363,6 +364,23 @@ def test_weights_in_pickles_are_never_read(model: Path, train: Command, refused:
     says(refused(*train("model.path=./model")), "model.path=./model", "only pytorch_model.bin", "safetensors")
     (model / "pytorch_model.bin").unlink()
     says(refused(*train("model.path=./model")), "no weights", "safetensors")
+
+
+def test_weights_that_are_missing_do_not_start_at_random(
+    model: Path, train: Command, refused: Callable[..., list[str]]
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    says(refused(*train("model.path=./model")), "model.path=./model", "model.layers.1.mlp.up_proj.weight", "at random")
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    model: Path, train: Command, refused: Callable[..., list[str]]
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 5}))
+    says(refused(*train("model.path=./model")), "model.path=./model", "tokenizer gives token", "know 5 tokens")
 
 
 def test_code_that_comes_with_a_model_is_never_run_and_never_asked_for(

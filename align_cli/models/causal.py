@@ -59,8 +59,9 @@ def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrai
     attention.register()
     implementation = attention.NAME if takes_flat_rows(config) and model.rows != "padded" else None
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # its report of what is missing is ours to give, in one line
     try:
-        network = AutoModelForCausalLM.from_pretrained(
+        network, told = AutoModelForCausalLM.from_pretrained(
             model.path,
             revision=model.revision,
             dtype=dtype,
@@ -68,9 +69,16 @@ def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrai
             trust_remote_code=False,
             attn_implementation=implementation,
             quantization_config=_nf4(dtype) if bits == 4 else None,
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.path={model.path}: the weights cannot be read: {_first_line(error)}") from error
+    if told["missing_keys"]:
+        absent = sorted(told["missing_keys"])
+        raise UserError(
+            f"model.path={model.path}: its safetensors lack {len(absent)} weights of {type(network).__name__}, "
+            f"{absent[0]} among them; they would start at random."
+        )
     return silence_dropout(network)
 
 
