@@ -222,10 +222,10 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int | None
 
 def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """The first rank that has ended otherwise than by finishing or saving; one that was killed before others."""
-    codes = {rank: process.returncode for rank, process in enumerate(processes)}
-    bad = [rank for rank, code in codes.items() if code not in (None, exits.DONE, exits.STOPPED)]
-    # The peers of a killed rank fail a moment later, and for its sake.
-    return min(bad, key=lambda rank: (codes[rank] >= 0, rank), default=None)
+    codes = [process.poll() for process in processes]
+    bad = [(code, rank) for rank, code in enumerate(codes) if code not in (None, exits.DONE, exits.STOPPED)]
+    # The peers of a killed rank fail a moment later, and for its sake: negative codes come first.
+    return min(bad)[1] if bad else None
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

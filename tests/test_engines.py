@@ -1,0 +1,252 @@
+"""Two ranks under every ZeRO stage compute what one plain process computes, and end together however they end."""
+
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_runs import align, largest_difference, losses, overrides, summary, weights
+
+from align_cli import config, exits, launch, rundir
+from align_cli.checkpoints import committed
+from align_cli.tracking import read_metrics
+
+METHODS = {
+    "nca": [],
+    "lora": ["adapter=lora"],
+    "unclipped": ["optimizer.max_grad_norm=null"],
+    "kto": ["algo=kto"],
+    "sft": ["algo=sft"],
+    "dpo": ["algo=dpo", "data.pairs=all"],
+}
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+# With ε = lr an update of AdamW moves a weight by about as much as its gradient differs, and not by lr times a sign
+# that rounding decides. Gradients are below 1 after clipping, so that 10 steps of fp32 rounding (6e-8 each, in sums
+# of some ten terms) leave the weights of two engines within a few 1e-6.
+SETTINGS = ("algo.beta=0.1", "optimizer.eps=1e-3", "train.steps=10", "launch.devices=2")
+LOSS, WEIGHT = 1e-5, 5e-6
+
+# name of a run of two ranks -> the method, and the engine that it is run on
+RUNS = {
+    **{f"{stage}-{method}": (method, [f"engine={stage}"]) for stage in STAGES for method in ("nca", "lora")},
+    # several micro-batches, and one more on one rank than on the other
+    **{f"{stage}-cut": ("nca", [f"engine={stage}", "engine.micro_tokens=60"]) for stage in STAGES},
+    **{f"zero3-{method}": (method, ["engine=zero3"]) for method in ("unclipped", "kto", "sft", "dpo")},
+    "zero2-unclipped": ("unclipped", ["engine=zero2"]),
+    "zero3-frozen": ("nca", ["engine=zero3", "reference=frozen"]),
+    "zero1-frozen": ("nca", ["engine=zero1", "reference=frozen"]),
+    "zero3-adapter": ("lora", ["engine=zero3", "reference=adapter"]),
+    "zero3-recomputed": ("nca", ["engine=zero3", "engine.gradient_checkpointing=true"]),
+}
+ROUNDED = {f"{stage}-bf16": ("nca", [f"engine={stage}", "engine.precision=bf16"]) for stage in ("zero1", "zero3")}
+# Rounding decides what counts as "down" or "accurate" before anything has moved: shares are not compared.
+EVALUATED = r"eval/.*/(loss|logps|displacement/chosen|displacement/rejected|rewards/margins)"
+
+
+def given(model: Path, rows: Path, run_dir: Path, method: str, *more: str) -> list[str]:
+    """The command line of one of `METHODS`."""
+    settings = [s for s in SETTINGS if not (method == "sft" and s.startswith("algo."))]
+    return overrides(model, rows, run_dir, *METHODS[method], *settings, *more)
+
+
+def together(folder: Path, run_dirs: list[Path]) -> None:
+    """Two ranks that live through all the runs; see ranks.py."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    script = Path(__file__).with_name("ranks.py")
+    ranks: list[subprocess.Popen[bytes]] = []
+    for rank in ("0", "1"):
+        with open(folder / f"{rank}.log", "wb") as log:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, str(script), str(os.getpid()), *map(str, run_dirs)],
+                    env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        for rank, process in enumerate(ranks):
+            assert process.wait(timeout=240) == 0, (folder / f"{rank}.log").read_text()[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def test_two_ranks_compute_what_one_process_computes(tiny_model: Path, ragged_file: Path, tmp_path: Path) -> None:
+    for method in METHODS:
+        one = given(tiny_model, ragged_file, tmp_path / "one" / method, method, "launch.devices=1")
+        assert align("train", *one) == 0
+    for name, (method, engine) in {**RUNS, **ROUNDED}.items():
+        (tmp_path / name).mkdir()
+        two = given(tiny_model, ragged_file, tmp_path / name, method, *engine, "launch.devices=2")
+        rundir.write_config(tmp_path / name, config.compose("train", two))
+    together(tmp_path, [tmp_path / name for name in {**RUNS, **ROUNDED}])
+
+    wrong: dict[str, str] = {}
+    for name, (method, _) in RUNS.items():
+        one, two = tmp_path / "one" / method, tmp_path / name
+        loss = max(abs(a - b) for a, b in zip(losses(one), losses(two), strict=True))
+        weight = largest_difference(weights(one), weights(two))
+        norms = [[row["grad_norm"] for row in read_metrics(run_dir)] for run_dir in (one, two)]
+        norm = max(abs(a - b) / a for a, b in zip(*norms, strict=True))
+        # an evaluation sums over responses of up to 30 tokens, which the ranks share
+        figures = [summary(run_dir) for run_dir in (one, two)]
+        evaluated = max(abs(figures[0][key] - figures[1][key]) for key in figures[0] if re.match(EVALUATED, key))
+        if loss > LOSS or weight > WEIGHT or norm > 1e-5 or evaluated > 1e-4:
+            wrong[name] = f"loss {loss:.0e}, weight {weight:.0e}, norm {norm:.0e}, evaluated {evaluated:.0e}"
+    assert not wrong
+    for name in ROUNDED:
+        # NCA starts at 2 log 2 whatever the weights are; bf16 has 8 bits
+        assert losses(tmp_path / name)[0] == pytest.approx(2 * math.log(2), abs=1e-3)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one" / "nca"), abs=0.02)
+    said = (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
+    assert "DeepSpeed" not in said and "WARNING" not in said
+
+
+# --- the processes of a run
+
+
+def start(*arguments: str) -> int:
+    """`align` in a child that shares this process's imports, which has its own standard error; returns its number."""
+    child = os.fork()
+    if child == 0:
+        os._exit(align(*arguments))
+    return child
+
+
+def ended(child: int) -> int:
+    """The exit code of a child, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def wait_until(condition: Callable[[], object], child: int) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended early"
+        time.sleep(0.02)
+
+
+def ranks_of(parent: int) -> list[int]:
+    return [int(number) for number in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def is_running(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends ranks with their parent on Linux only")
+def test_two_ranks_go_on_after_a_kill_and_after_a_signal_as_if_nothing_had_been(
+    tiny_model: Path, ragged_file: Path, tmp_path: Path
+) -> None:
+    settings = ("engine=zero3", "train.steps=30", "checkpoint.every=2", "eval.groups=2")
+    calm = given(tiny_model, ragged_file, tmp_path / "calm", "nca", *settings)
+    done = subprocess.run([sys.executable, "-m", "align_cli.cli", "train", *calm], capture_output=True, text=True)
+    assert done.returncode == exits.DONE, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        f"model in {tmp_path / 'calm' / 'model'}; next: align show {tmp_path / 'calm'}"
+    )
+    assert "2 rank(s) on cpu" in done.stderr and "DeepSpeed" not in done.stdout + done.stderr
+
+    run_dir = tmp_path / "stormy"
+    command = ["train", *given(tiny_model, ragged_file, run_dir, "nca", *settings)]
+    child = start(*command)
+    wait_until(lambda: committed(run_dir / "checkpoints"), child)
+    ranks = ranks_of(child)
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == -signal.SIGKILL and len(ranks) == 2
+    deadline = time.monotonic() + 10
+    while rundir.holder(run_dir) is not None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert rundir.holder(run_dir) is None and not any(is_running(rank) for rank in ranks)
+
+    reached = committed(run_dir / "checkpoints")[0].step
+    child = start(*command)
+    wait_until(lambda: committed(run_dir / "checkpoints")[0].step > reached, child)
+    os.kill(child, signal.SIGTERM)
+    assert ended(child) == exits.STOPPED
+    # what was done is saved, wherever between two checkpoints the signal came
+    assert committed(run_dir / "checkpoints")[0].step == read_metrics(run_dir)[-1]["step"] < 30
+    assert not (run_dir / "summary.json").exists()
+
+    assert ended(start(*command)) == exits.DONE
+    assert losses(run_dir) == losses(tmp_path / "calm") and len(losses(run_dir)) == 30
+    assert largest_difference(weights(run_dir), weights(tmp_path / "calm")) == 0.0
+
+
+@pytest.fixture
+def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+    """`launch.spawn` of two ranks that are a shell script: $RANK says which, and what they do is the test's."""
+
+    def spawn(script: str) -> int:
+        file = tmp_path / "rank.sh"
+        file.write_text(f"#!/bin/bash\n{script}\n")
+        file.chmod(0o755)
+        monkeypatch.setattr(launch.sys, "executable", str(file))
+        monkeypatch.setattr(launch, "GRACE", 1.0)
+        with rundir.lock(tmp_path / "run") as held:
+            return launch.spawn(tmp_path / "run", 2, held)
+
+    return spawn
+
+
+def test_a_failing_rank_takes_the_run_down_with_its_code_and_its_words(
+    scripted: Callable[[str], int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun = time.monotonic()
+    assert scripted('if [ $RANK = 1 ]; then echo "error: a reason" >&2; exit 2; fi; exec sleep 60') == 2
+    assert time.monotonic() - begun < 30
+    assert capfd.readouterr().err.splitlines() == [
+        "error: rank 1 ended with exit code 2; the other ranks were stopped",
+        "  rank 1: error: a reason",
+    ]
+
+
+def test_the_rank_that_was_killed_is_named_and_not_the_one_that_missed_it(
+    scripted: Callable[[str], int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert scripted("if [ $RANK = 1 ]; then kill -9 $$; fi; sleep 0.03; echo lost a peer >&2; exit 1") == exits.FAILED
+    assert "rank 1 ended by signal 9 (SIGKILL); the other ranks were stopped" in capfd.readouterr().err
+
+
+def test_a_rank_that_will_not_end_is_killed(scripted: Callable[[str], int]) -> None:
+    begun = time.monotonic()
+    stuck = 'if [ $RANK = 0 ]; then sleep 0.3; exit 3; fi; trap "" TERM; while true; do sleep 0.1; done'
+    assert scripted(stuck) == 3
+    assert 1.0 < time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "trap 'exit 75' TERM; [ $RANK = 0 ] && { sleep 0.5; kill -TERM $PPID; }; while true; do sleep 0.05; done",
+        # not ready to save: the signal ends it at once, and its peer fails because it left
+        "if [ $RANK = 0 ]; then sleep 0.5; kill -TERM $PPID; exec sleep 60; fi; trap 'exit 1' TERM; "
+        "while true; do sleep 0.05; done",
+    ],
+    ids=["saving", "starting"],
+)
+def test_a_signal_to_the_parent_reaches_the_ranks(script: str, scripted: Callable[[str], int]) -> None:
+    assert scripted(script) == exits.STOPPED
+
+
+def test_a_second_interrupt_kills_ranks_that_are_stuck(scripted: Callable[[str], int]) -> None:
+    stuck = 'trap "" TERM; [ $RANK = 0 ] && { sleep 0.5; kill -INT $PPID; sleep 0.3; kill -INT $PPID; }; '
+    assert scripted(stuck + "while true; do sleep 0.05; done") == exits.STOPPED
+
+
+def test_the_ranks_hold_the_directory_as_long_as_one_of_them_lives(scripted: Callable[[str], int]) -> None:
+    # descriptor 3 and above are closed on exec unless they are handed over
+    assert scripted("ls -l /proc/$$/fd | grep -q /run/.lock || exit 9") == exits.DONE
