@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
+from forks import Forks
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,3 +38,11 @@ def ragged_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts with 2 scored completions."""
     return small_runs.write_rows(tmp_path_factory.mktemp("rows") / "pairs.jsonl", responses=(2,), rows=26)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """`align` in processes of its own."""
+    server = Forks(tmp_path_factory.mktemp("forks") / "log")
+    yield server
+    server.close()
