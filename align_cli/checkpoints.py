@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli import distributed, terminal
+from align_cli.errors import RunError
 from align_cli.rundir import fsync_folder, write_atomic
 
 MANIFEST = "manifest.json"
@@ -27,7 +28,7 @@ _FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint could not be saved, or none of those there are is whole."""
 
 

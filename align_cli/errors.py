@@ -8,5 +8,12 @@ class UserError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, and says why: the loss is no number, the disk is full. Nothing that was saved is touched.
+
+    Commands print it as one line and end with exit code 1.
+    """
+
+
 class Stopped(Exception):
     """A signal asked a run to stop; it has saved and can be resumed."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from align_cli import terminal
-from align_cli.errors import Stopped, UserError
+from align_cli.errors import RunError, Stopped, UserError
 
 DONE = 0
 FAILED = 1
@@ -17,7 +17,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, run the same com
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command; a user's mistake is one line, everything unexpected keeps its traceback.
+    """Run a command; what went wrong is one line, and only what nobody expected keeps its traceback.
 
     Returns:
         What the command returns, or the code of the error.
@@ -28,6 +28,9 @@ def guarded(command: Callable[[], int]) -> int:
         for line in str(mistake).splitlines():
             terminal.error(line)
         return USER
+    except RunError as failure:
+        terminal.error(str(failure))
+        return FAILED
     except Stopped as stopped:
         terminal.say(f"{stopped}; the same command goes on from there")
         return STOPPED

@@ -20,7 +20,7 @@ from align_cli.checkpoints import Checkpoints
 from align_cli.data.batches import MicroBatch, Step, flatten, split, steps, steps_per_epoch
 from align_cli.data.store import Store
 from align_cli.engine import Engine
-from align_cli.errors import Stopped
+from align_cli.errors import RunError, Stopped
 from align_cli.experiment import Experiment, Train
 from align_cli.metrics import Metrics, likelihood, preference
 from align_cli.models.causal import measure
@@ -31,8 +31,12 @@ TOLERANCE = 1e-3  # of the first step's loss
 REMEDY = "A lower train.lr, engine.precision=fp32 or smaller rewards may help; checkpoints of earlier steps are whole."
 
 
-class WrongStart(RuntimeError):
+class WrongStart(RunError):
     """The first step's loss is not what it must be."""
+
+
+class NotFinite(RunError):
+    """The loss or its gradient is no number."""
 
 
 @dataclass
@@ -171,7 +175,7 @@ def train(
     Raises:
         Stopped: `stop` was true on some rank; the run has saved.
         WrongStart: the first step's loss is not the exact one.
-        FloatingPointError: the loss or its gradient is not finite; what was saved is untouched.
+        NotFinite: the loss or its gradient is not finite; what was saved is untouched.
     """
     experiment = method.experiment
     of = total_steps(experiment.train, len(store))
@@ -205,7 +209,7 @@ def train(
             figures |= {"learning_rate": lr, "grad_norm": norm, "epoch": progress.groups / len(store)}
         # Also where nothing is logged: no checkpoint may hold weights that are no numbers. DeepSpeed says -1 then.
         if not (math.isfinite(norm) and norm >= 0):
-            raise FloatingPointError(f"the gradient of step {step.number} is not finite. {REMEDY}")
+            raise NotFinite(f"the gradient of step {step.number} is not finite. {REMEDY}")
         if experiment.eval.every is not None and step.number % experiment.eval.every == 0 and step.number < of:
             found = evaluate_loss(engine, evaluation, held_out)
             figures |= {f"eval/{name}": value for name, value in found.items()}
@@ -243,7 +247,7 @@ def _judge(step: int, figures: dict[str, float]) -> None:
     """Hold the loss against what is known of it; the known value of the first step is taken out of the figures."""
     loss = figures["loss"]
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss of step {step} is {loss}. {REMEDY}")
+        raise NotFinite(f"the loss of step {step} is {loss}. {REMEDY}")
     exact = figures.pop("exact", None)
     if exact is not None and abs(loss - exact) > TOLERANCE:
         raise WrongStart(

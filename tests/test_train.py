@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from small_runs import align, largest_difference, losses, overrides, summary, weights
 from torch import Tensor, nn
 
-from align_cli import assembly, columns, config, paths, references, run, train
+from align_cli import assembly, cli, columns, config, paths, references, run, train
 from align_cli.data.batches import members
 from align_cli.engine import Optimizer, TorchEngine, adamw
 from align_cli.experiment import Train
 from align_cli.models import causal
 from align_cli.tracking import read_metrics
-from align_cli.train import WrongStart, learning_rate
+from align_cli.train import NotFinite, WrongStart, learning_rate
 
 ALGORITHMS = sorted(path.stem for path in paths.conf().glob("algo/*.yaml"))
 DIVERGENCES = sorted(path.stem for path in paths.conf().glob("divergence/*.yaml"))
@@ -95,7 +95,7 @@ def test_no_algorithm_skips_the_check_of_its_first_loss(
     monkeypatch.setattr(train, "TOLERANCE", -1.0)
     given = overrides(tiny_model, rows(algorithm), tmp_path / "run", *needs(algorithm), "train.steps=1")
     with pytest.raises(WrongStart):
-        align("train", *given, "eval.groups=0")
+        cli.dispatch(["train", *given, "eval.groups=0"])
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -230,7 +230,7 @@ def test_a_reference_of_other_weights_is_noticed(
     settings = ("algo.beta=0.1", "train.steps=1")
     assert align("train", *overrides(other, ragged_file, tmp_path / "first", *settings)) == 0
     with pytest.raises(WrongStart, match="the reference is not the policy's starting weights"):
-        align("train", *overrides(tiny_model, ragged_file, tmp_path / "second", *settings))
+        cli.dispatch(["train", *overrides(tiny_model, ragged_file, tmp_path / "second", *settings)])
     assert not (tmp_path / "second" / "summary.json").exists()
     assert not (tmp_path / "second" / "model").exists()
 
@@ -250,7 +250,7 @@ def test_a_random_part_is_noticed(
     monkeypatch.setattr(assembly, "_network", shaken)
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(WrongStart, match="dropout or another random part is active"):
-        align("train", *overrides(tiny_model, ragged_file, tmp_path / "run", "algo.beta=1"))
+        cli.dispatch(["train", *overrides(tiny_model, ragged_file, tmp_path / "run", "algo.beta=1")])
 
 
 def test_the_dropout_of_a_model_is_silenced(tiny_model: Path) -> None:
@@ -263,8 +263,8 @@ def test_the_dropout_of_a_model_is_silenced(tiny_model: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, ragged_file: Path, tmp_path: Path) -> None:
     given = overrides(tiny_model, ragged_file, tmp_path / "run", "train.lr=1e30", "checkpoint.every=1")
-    with pytest.raises(FloatingPointError, match=r"step \d+ is (nan|not finite).*engine.precision=fp32"):
-        align("train", *given)
+    with pytest.raises(NotFinite, match=r"step \d+ is (nan|not finite).*engine.precision=fp32"):
+        cli.dispatch(["train", *given])
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -284,8 +284,8 @@ def test_a_gradient_that_is_no_number_is_never_saved(
     monkeypatch.setattr(TorchEngine, "backward", broken)
     given = overrides(tiny_model, ragged_file, tmp_path / "run", "checkpoint.every=1", "track.every=100")
     given += ["engine.micro_tokens=100000", "data.responses=2"]
-    with pytest.raises(FloatingPointError, match="the gradient of step 3 is not finite"):
-        align("train", *given)
+    with pytest.raises(NotFinite, match="the gradient of step 3 is not finite"):
+        cli.dispatch(["train", *given])
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert kept == ["step_00000001", "step_00000002"]
 
