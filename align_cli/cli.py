@@ -8,6 +8,7 @@ import os
 import sys
 
 from align_cli import exits, terminal
+from align_cli.commands import COMMANDS
 from align_cli.config import did_you_mean
 from align_cli.errors import UserError
 
@@ -62,19 +63,6 @@ def dispatch(argv: list[str]) -> int:
     terminal.quiet_libraries()
     command = importlib.import_module(f"align_cli.commands.{COMMANDS[name]}")
     return command.main(argv if COMMANDS[name] == "listing" else argv[1:])
-
-
-# The module of each command; its `main` takes the arguments and returns the exit code.
-COMMANDS = {
-    "train": "train",
-    "plan": "plan",
-    "data": "data",
-    "ls": "listing",
-    "show": "listing",
-    "cp": "listing",
-    "export": "export",
-    "doctor": "doctor",
-}
 
 
 if __name__ == "__main__":

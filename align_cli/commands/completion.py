@@ -3,6 +3,7 @@
 import os
 
 from align_cli import exits, terminal
+from align_cli.commands import COMMANDS
 from align_cli.config import group_names
 from align_cli.errors import UserError
 
@@ -28,8 +29,6 @@ def main(argv: list[str]) -> int:
 
 def complete(line: str) -> list[str]:
     """What may stand where the line ends."""
-    from align_cli.cli import COMMANDS
-
     words = line.split()
     word = "" if line.endswith(" ") or not words else words[-1]
     before = words if word == "" else words[:-1]
