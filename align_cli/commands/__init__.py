@@ -1,4 +1,4 @@
-"""The commands of `align` that are not `train`: each module reads its arguments and prints."""
+"""The commands of `align`: each module reads its arguments, does or starts the work, and returns an exit code."""
 
 # The module of each command; its `main` takes the arguments and returns the exit code.
 COMMANDS = {
