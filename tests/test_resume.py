@@ -1,0 +1,152 @@
+"""A run that is stopped, by whatever, goes on with the same command and ends as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from forks import Forks
+from small_runs import align, largest_difference, losses, overrides, summary, weights
+
+from align_cli import exits
+from align_cli.checkpoints import committed
+from align_cli.tracking import read_metrics
+
+STEPS = 30
+KILLS = 20
+
+Command = Callable[[Path], list[str]]
+
+
+@pytest.fixture
+def command(tiny_model: Path, ragged_file: Path) -> Command:
+    """`align train` of a run with checkpoints, in a folder."""
+    settings = ("algo.beta=0.1", f"train.steps={STEPS}", "checkpoint.every=2", "eval.groups=2")
+    return lambda run_dir: ["train", *overrides(tiny_model, ragged_file, run_dir, *settings)]
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(run_dir)]
+
+
+def same(run_dir: Path, calm: Path) -> None:
+    """Two finished runs have computed the same, bit for bit."""
+    assert steps(run_dir) == list(range(1, STEPS + 1))
+    assert losses(run_dir) == losses(calm)
+    assert largest_difference(weights(run_dir), weights(calm)) == 0.0
+    timed = ("groups_per_second", "tokens_per_second", "peak_memory_gb", "reference/measured")
+    one, other = ({k: v for k, v in summary(each).items() if k not in timed} for each in (run_dir, calm))
+    assert one == other
+
+
+def test_twenty_kills_at_random_moments_change_nothing(forks: Forks, command: Command, tmp_path: Path) -> None:
+    calm = tmp_path / "calm"
+    assert forks.run(*command(calm)) == exits.DONE
+    rng = random.Random(0)
+    run_dir = tmp_path / "stormy-0"
+    reached: list[int] = []  # the last step that was logged before each kill
+    ends = 0
+    while len(reached) < KILLS:
+        before = steps(run_dir)[-1] if steps(run_dir) else 0
+        target = min(before + rng.randint(0, 5), STEPS)
+        child = forks.start(*command(run_dir))
+        if target == before:  # while it starts, and reads what there is; or while it evaluates and exports
+            time.sleep(rng.uniform(0.0, 1.0))
+        else:  # in a step, or while it saves
+            forks.wait_until(lambda run_dir=run_dir, target=target: steps(run_dir)[-1:] >= [target])
+            time.sleep(rng.uniform(0.0, 0.03))
+        os.kill(child, signal.SIGKILL)  # where it has ended it is a zombie, which a signal does not bother
+        code = forks.ended(child)
+        assert code in (exits.DONE, -signal.SIGKILL), forks.log.read_text()[-2000:]
+        if code == exits.DONE:
+            same(run_dir, calm)
+            ends += 1
+            run_dir = tmp_path / f"stormy-{ends}"
+            continue
+        reached.append(steps(run_dir)[-1] if steps(run_dir) else 0)
+        assert steps(run_dir) == list(range(1, reached[-1] + 1))
+        assert all(checkpoint.step % 2 == 0 for checkpoint in committed(run_dir / "checkpoints"))
+    assert forks.run(*command(run_dir)) == exits.DONE
+    same(run_dir, calm)
+    assert len(set(reached)) > KILLS / 4  # they fell into different steps
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: signal.Signals, forks: Forks, command: Command, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [*command(run_dir), "checkpoint.every=1000"]
+    child = forks.start(*arguments)
+    forks.wait_until(lambda: len(read_metrics(run_dir)) >= 3)
+    os.kill(child, number)
+    assert forks.ended(child) == exits.STOPPED == 75
+    (saved,) = committed(run_dir / "checkpoints")
+    assert 3 <= saved.step == steps(run_dir)[-1] < STEPS
+    assert not (run_dir / "summary.json").exists() and not (run_dir / "model").exists()
+    assert "the same command goes on from there" in forks.log.read_text()
+
+    assert forks.run(*arguments) == exits.DONE
+    assert forks.run(*command(tmp_path / "calm")) == exits.DONE
+    same(run_dir, tmp_path / "calm")
+    before = json.loads((run_dir / "env.json").read_text())["before"]
+    assert len(before) == 1  # env.json tells of both starts
+
+
+def test_a_signal_before_the_first_step_stops_as_well(forks: Forks, command: Command, tmp_path: Path) -> None:
+    child = forks.start(*command(tmp_path / "run"))
+    forks.wait_until((tmp_path / "run" / ".lock").exists)
+    os.kill(child, signal.SIGTERM)
+    assert forks.ended(child) == exits.STOPPED
+    assert forks.run(*command(tmp_path / "run")) == exits.DONE
+
+
+def test_a_finished_run_is_not_run_again(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*command(tmp_path / "run"), "train.steps=2"]
+    assert align(*arguments) == exits.DONE
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    capsys.readouterr()
+    assert align(*arguments) == exits.DONE
+    assert capsys.readouterr().out == f"{tmp_path / 'run'} is finished already\n"
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_resume_never_refuses_a_directory_with_a_run(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*command(tmp_path / "run"), "train.steps=2", "resume=never"]
+    assert align(*arguments) == exits.DONE
+    assert align(*arguments) == exits.USER
+    assert "holds a run already. Use resume=auto to go on with it, or a new folder." in capsys.readouterr().err
+
+
+def test_what_does_not_change_the_result_may_change_at_a_resume(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert align(*command(run_dir), "launch=prepare") == exits.DONE
+    assert align(*command(run_dir), "train.lr=2e-3") == exits.USER
+    assert "train.lr: 0.001 -> 0.002" in capsys.readouterr().err
+    assert align(*command(run_dir), "checkpoint.every=7", "track.every=5") == exits.DONE
+    assert steps(run_dir) == [1, 5, 10, 15, 20, 25, 30]
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    forks: Forks, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    child = forks.start(*command(run_dir))
+    forks.wait_until(lambda: len(committed(run_dir / "checkpoints")) == 2)
+    os.kill(child, signal.SIGKILL)
+    forks.ended(child)
+    newest = committed(run_dir / "checkpoints")[0]
+    file = newest.folder / "engine.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    assert align(*command(run_dir)) == exits.DONE
+    assert f"step_{newest.step:08d} is damaged (wrong hash: engine.safetensors)" in capsys.readouterr().err
+    assert align(*command(tmp_path / "calm")) == exits.DONE
+    same(run_dir, tmp_path / "calm")
