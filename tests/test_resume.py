@@ -105,6 +105,24 @@ def test_a_signal_before_the_first_step_stops_as_well(forks: Forks, command: Com
     assert forks.run(*command(tmp_path / "run")) == exits.DONE
 
 
+def test_a_signal_to_a_sweep_stops_its_job_and_starts_no_other(forks: Forks, command: Command, tmp_path: Path) -> None:
+    jobs = [tmp_path / "sweep" / f"algo.alpha={alpha}" for alpha in ("0.1", "1")]
+    arguments = [
+        *command(tmp_path / "sweep"),
+        "-m",
+        "algo.alpha=0.1,1",
+        "train.steps=100000",
+        "checkpoint.every=100000",
+    ]
+    child = forks.start(*arguments)
+    forks.wait_until(lambda: steps(jobs[0]))
+    os.kill(child, signal.SIGTERM)  # to the sweep alone, as a batch system sends it
+    assert forks.ended(child) == exits.STOPPED
+    (saved,) = committed(jobs[0] / "checkpoints")
+    assert saved.step == steps(jobs[0])[-1]
+    assert not jobs[1].exists()
+
+
 def test_a_finished_run_is_not_run_again(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*command(tmp_path / "run"), "train.steps=2"]
     assert align(*arguments) == exits.DONE
