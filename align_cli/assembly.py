@@ -29,7 +29,7 @@ from align_cli.models.causal import (
     recompute_activations,
     takes_flat_rows,
 )
-from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, weights_digest
+from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched
 from align_cli.train import Method, total_steps
 
 # Largest difference in nats per token between a flat row and padded sequences that rounding explains.
@@ -103,18 +103,30 @@ def _test_flat_rows(experiment: Experiment, engine: Engine, dtype: torch.dtype) 
     engine.flat = False
 
 
-def build_methods(prepared: Prepared, engine: Engine, device: torch.device) -> tuple[Method, Method, Cached | None]:
+def build_methods(
+    prepared: Prepared, engine: Engine, device: torch.device, digest: str
+) -> tuple[Method, Method, Cached | None]:
     """The loss with the makers of its columns, for training and for evaluation.
 
     A cached reference is filled now, under the starting weights; evaluation has it even where the loss has none, to
     tell how far the policy has moved.
+
+    Args:
+        digest: of the policy's starting weights.
     """
     experiment = prepared.experiment
     asked = "reference" in experiment.made
     budget = experiment.engine.micro_tokens
     reference, cache = None, None
     if experiment.reference.name == "cached":
-        reference = cache = Cached(_cache_home(experiment, engine, device))
+        home = Cached.home(
+            paths.cache(),
+            digest,
+            dtype=experiment.engine.dtype(device),
+            flat=engine.flat,
+            bits=experiment.adapter.bits,
+        )
+        reference = cache = Cached(home)
         wanted = _groups_to_score(prepared, asked)
         cache.fill(engine, wanted, budget=budget, say=terminal.say if distributed.rank() == 0 else terminal.silent)
     elif asked and experiment.reference.name == "frozen":
@@ -128,18 +140,6 @@ def build_methods(prepared: Prepared, engine: Engine, device: torch.device) -> t
     makers = producers(experiment) | {"reference": reference, "mismatch_kl": mismatch}
     seen = experiment.made if asked else (*experiment.made, "reference")
     return Method(experiment, makers, experiment.made), Method(experiment, makers, seen), cache
-
-
-def _cache_home(experiment: Experiment, engine: Engine, device: torch.device) -> Path:
-    commit = vars(engine.network.config).get("_commit_hash")
-    digest = weights_digest(experiment.model.path, commit) if distributed.rank() == 0 else ""
-    return Cached.home(
-        paths.cache(),
-        distributed.gather(digest)[0],
-        dtype=experiment.engine.dtype(device),
-        flat=engine.flat,
-        bits=experiment.adapter.bits,
-    )
 
 
 def _groups_to_score(prepared: Prepared, asked: bool) -> list[Group]:
@@ -164,21 +164,25 @@ def _groups_to_score(prepared: Prepared, asked: bool) -> list[Group]:
 
 
 def _frozen(experiment: Experiment, engine: Engine, device: torch.device) -> Frozen:
-    options = experiment.engine
+    """A second model beside the policy, on flat rows if its own architecture takes them."""
     model = experiment.model
     if experiment.reference.path is not None:
         model = replace(model, path=experiment.reference.path, revision=None)
-    dtype = options.dtype(device)
+    dtype = experiment.engine.dtype(device)
     network: nn.Module
-    if options.stage != 3:
-        network = load_model(model, dtype=dtype, bits=experiment.adapter.bits).to(device)  # pyright: ignore
-        return Frozen(network.eval(), flat=engine.flat)
-    import deepspeed
+    if experiment.engine.stage != 3:
+        network = load_model(model, dtype=dtype, bits=experiment.adapter.bits).to(device).eval()  # pyright: ignore
+        vocabulary = int(network.config.vocab_size)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    else:
+        import deepspeed
 
-    config = deepspeed_config(options, experiment.optimizer, device)
-    alive = keep_zero3_alive(config)
-    second, *_ = deepspeed.initialize(
-        model=load_model(model, dtype=dtype, bits=None).eval(), config=config, dist_init_required=False
-    )
-    del alive
-    return Frozen(second, flat=engine.flat)
+        config = deepspeed_config(experiment.engine, experiment.optimizer, device)
+        alive = keep_zero3_alive(config)
+        second = load_model(model, dtype=dtype, bits=None).eval()
+        vocabulary = int(second.config.vocab_size)
+        network, *_ = deepspeed.initialize(model=second, config=config, dist_init_required=False)
+        del alive
+    flat = model.rows != "padded" and takes_flat_rows(read_architecture(model))
+    if flat:
+        flat = max(distributed.gather(flat_rows_error(network, vocabulary, device))) <= ROUNDING[dtype]
+    return Frozen(network, flat=flat)

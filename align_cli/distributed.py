@@ -45,7 +45,7 @@ def local_device(accelerator: str) -> torch.device:
 def join(device: torch.device) -> None:
     """Enter the process group that the environment describes; one process makes a group of its own."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
+    if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it

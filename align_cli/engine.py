@@ -282,10 +282,14 @@ class DeepSpeedEngine(Engine):
         self.norm = nn.utils.clip_grad_norm_(parameters, limit)
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
+        frozen = isinstance(self.network, PeftModel)  # they are read from the model again
+        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=frozen)
 
     def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="deepspeed", load_lr_scheduler_states=False)
+        strict = not isinstance(self.network, PeftModel)
+        self.engine.load_checkpoint(
+            str(folder), tag="deepspeed", load_lr_scheduler_states=False, load_module_strict=strict
+        )
 
     def weights(self) -> dict[str, Tensor]:
         wanted = (

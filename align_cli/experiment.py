@@ -282,7 +282,13 @@ def _meaningless(tree: Tree, loss: Loss, link: Any) -> list[str]:
         )
     # Where neither key tells, the rows themselves do (`align_cli.data.store`).
     given = data["responses"] or (data["expected"] or {}).get("responses", 2)
-    if "pairs" in asked and data["pairs"] is None and given != 2:
+    compares = "pairs" in asked or ("rewards" in asked and "mismatch_kl" not in asked)
+    if compares and given == 1:
+        problems.append(
+            f"algo={algorithm} compares the responses of a prompt; data={data['name']} data.responses="
+            f"{config.shown(data['responses'])} gives one. Data with several would be right, or algo=sft."
+        )
+    elif "pairs" in asked and data["pairs"] is None and given != 2:
         problems.append(
             f"algo={algorithm} compares two responses; data={data['name']} gives {given}. Choose "
             "data.pairs=best_random, best_worst or all (each response is scored once), or data.responses=2."
@@ -297,8 +303,6 @@ def _meaningless(tree: Tree, loss: Loss, link: Any) -> list[str]:
             f"algo={algorithm} learns one response of each prompt; data.responses={config.shown(data['responses'])}. "
             "data.responses=1 keeps the best."
         )
-    if "rewards" in asked and data["responses"] == 1 and "mismatch_kl" not in asked:
-        problems.append(f"algo={algorithm} compares the responses of a prompt; data.responses=1 leaves it nothing.")
     if algorithm == "exo" and reward == "hard":
         problems.append(
             "algo=exo reward=hard: a label of 0 makes the reverse KL infinite. Use reward=smoothed, as EXO-pref does."

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
             if finished(checked, run_dir):
                 return exits.DONE
             prepared = prepare(checked)
-            rundir.write_config(run_dir, tree)
+            rundir.write_config(run_dir, located(tree))
             ranks = experiment.devices(checked)
             rundir.write_env(run_dir, device=str(device.type), ranks=ranks, command=command)
             if checked.launch.name == "prepare":
@@ -82,6 +83,20 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     if code == exits.DONE:
         conclude(run_dir)
     return code
+
+
+def located(tree: Tree) -> Tree:
+    """The configuration with local files and folders by their whole path, so that it means the same from anywhere."""
+
+    def whole(section: Any) -> Any:
+        path = section.get("path") if isinstance(section, dict) else None
+        if not isinstance(path, str) or path in ("", "world") or not Path(path).expanduser().exists():
+            return section
+        return {**section, "path": str(Path(path).expanduser().absolute())}
+
+    return {
+        name: whole(section) if name in ("model", "data", "reference") else section for name, section in tree.items()
+    }
 
 
 def default_dir(tree: Tree) -> str:
@@ -110,7 +125,7 @@ def finished(checked: Experiment, run_dir: Path) -> bool:
         return False
     if checked.tree["resume"] == "never":
         raise UserError(f"run.dir={run_dir} holds a run already. Use resume=auto to go on with it, or a new folder.")
-    changed = rundir.differences(rundir.read_config(run_dir), checked.tree, ignore=FREE)
+    changed = rundir.differences(rundir.read_config(run_dir), located(checked.tree), ignore=FREE)
     if changed:
         raise UserError(
             f"run.dir={run_dir} holds a run with another configuration: {'; '.join(changed)}. "

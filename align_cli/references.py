@@ -21,7 +21,6 @@ from align_cli import distributed, terminal
 from align_cli.data.batches import MicroBatch, flatten, split
 from align_cli.data.store import Group
 from align_cli.engine import Engine
-from align_cli.errors import UserError
 from align_cli.models.adapters import switched_off
 from align_cli.models.causal import measure
 
@@ -87,8 +86,9 @@ class Cached:
 
     def fill(self, engine: Engine, groups: Iterable[Group], *, budget: int, say: Say) -> None:
         """Measure what is missing under the engine's present weights; every rank calls it with the same groups."""
-        if len(set(distributed.gather(len(self.figures)))) > 1:
-            raise UserError(f"ranks see different files in {self.folder}; ALIGN_CACHE must be a folder they all share.")
+        if len(set(distributed.gather(len(self.figures)))) > 1:  # another run wrote while these ranks read
+            for seen in distributed.gather(self.figures):
+                self.figures |= seen
         batch: list[Group] = []
         for group in groups:
             if any(name not in self.figures for name in content(group)):
@@ -182,6 +182,9 @@ class MismatchKL:
     @torch.no_grad()
     def begin(self, groups: Sequence[Group]) -> None:
         """Estimate for the step that consists of `groups`, over all ranks; every rank calls it."""
+        if len(groups) < 2:
+            self.estimate = 0.0  # a prompt alone has no other's response
+            return
         pairs = mismatched(groups)
         tokens = np.array([len(pair.prompt) + len(pair.responses[0]) for pair in pairs])
         ones = np.ones(len(pairs), dtype=np.int64)

@@ -14,15 +14,15 @@ from transformers.utils import logging as transformers_logging
 
 from align_cli import config, distributed, evaluate, paths, rundir, terminal, world
 from align_cli.assembly import Prepared, build_engine, build_methods
-from align_cli.checkpoints import Checkpoints
+from align_cli.checkpoints import Checkpoint, Checkpoints
 from align_cli.data import toy
 from align_cli.data.store import Store
 from align_cli.data.store import prepare as prepare_data
 from align_cli.engine import Engine
-from align_cli.errors import UserError
+from align_cli.errors import RunError, Stopped, UserError
 from align_cli.experiment import Experiment, read
 from align_cli.models.causal import load_tokenizer, read_architecture
-from align_cli.references import Cached, Say
+from align_cli.references import Cached, Say, weights_digest
 from align_cli.rundir import Scalar
 from align_cli.tracking import Silent, Tracker
 from align_cli.train import Method, Progress, evaluate_loss, stop_signals, total_steps, train
@@ -37,12 +37,18 @@ def prepare(experiment: Experiment) -> Prepared:
     """
     transformers_logging.disable_progress_bar()
     leader = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not leader:
-        distributed.barrier()
-    prepared = _prepare(experiment, terminal.say if leader else terminal.silent)
+    prepared, failure = None, None
     if leader:
-        distributed.barrier()
-    return prepared
+        try:
+            prepared = _prepare(experiment, terminal.say)
+        except Exception as error:  # whatever it is, the ranks that wait have to be told
+            failure = error
+    told = [text for text in distributed.gather(None if failure is None else str(failure)) if text]
+    if failure is not None:
+        raise failure
+    if told:
+        raise RunError(f"another rank could not prepare the run: {told[0]}")
+    return prepared if prepared is not None else _prepare(experiment, terminal.silent)
 
 
 def _prepare(experiment: Experiment, say: Say) -> Prepared:
@@ -64,9 +70,14 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
     tokenizer = load_tokenizer(experiment.model)
     if experiment.reference.path is not None:
         try:
-            load_tokenizer(replace(experiment.model, path=experiment.reference.path, revision=None))
+            other = load_tokenizer(replace(experiment.model, path=experiment.reference.path, revision=None))
         except UserError as error:
             raise UserError(f"reference.path={experiment.reference.path}: {error}") from error
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"reference.path={experiment.reference.path}: its tokenizer has other tokens than "
+                f"model.path={experiment.model.path}; log-probabilities of the same token ids would not compare."
+            )
     store, held_out = prepare_data(
         experiment.data,
         tokenizer,
@@ -131,7 +142,10 @@ def _imitate(demonstrations: Path, start: Path, out: Path, options: World) -> No
 
     tree = config.compose("train", [f"{key}={told(value)}" for key, value in chosen.items()])
     folder.mkdir()
-    run(_prepare(read(tree), terminal.silent), folder)
+    try:
+        run(_prepare(read(tree), terminal.silent), folder)
+    except Stopped:  # what is half made is made again from the start
+        raise KeyboardInterrupt from None
     (folder / "model").rename(out)
     shutil.rmtree(folder)
 
@@ -148,23 +162,19 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
     experiment = prepared.experiment
     device = distributed.local_device(experiment.launch.accelerator)
     engine = build_engine(experiment, device)
-    method, evaluation, cache = build_methods(prepared, engine, device)
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.checkpoint.keep)
-    progress = Progress()
     latest = checkpoints.latest()
+    inputs = _inputs(prepared, engine)
+    progress = Progress(inputs=inputs) if latest is None else Progress(**latest.state())
+    _introduce(prepared, engine, run_dir, progress)
+    method, evaluation, cache = build_methods(prepared, engine, device, inputs["weights"])
     with stop_signals() as stop:
         if latest is None:
             progress.before = _evaluate(prepared, engine, evaluation)[0]
         else:
-            if latest.ranks != distributed.world():
-                raise UserError(
-                    f"{latest.folder} is of {latest.ranks} rank(s), this run has {distributed.world()}. "
-                    "Start as many as before."
-                )
+            _refuse_changes(latest, progress, inputs)
             engine.load(latest.folder)
-            progress = Progress(**latest.state())
         with _tracker(prepared, run_dir, progress) as tracker:
-            _introduce(prepared, engine, run_dir, progress)
             train(
                 engine,
                 method,
@@ -185,6 +195,33 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
                 tracker.close(summary)
     distributed.barrier()
     return summary
+
+
+def _inputs(prepared: Prepared, engine: Engine) -> dict[str, str]:
+    """Digests of what a run learns from and starts from; a resumed run must find the same."""
+    commit = vars(engine.network.config).get("_commit_hash")
+    weights = weights_digest(prepared.experiment.model.path, commit) if distributed.rank() == 0 else ""
+    return {
+        "weights": distributed.gather(weights)[0],
+        "train": prepared.train.digest,
+        "held_out": prepared.held_out.digest,
+    }
+
+
+def _refuse_changes(latest: Checkpoint, progress: Progress, inputs: dict[str, str]) -> None:
+    """Refuse to go on with other ranks, data or weights than before."""
+    if latest.ranks != distributed.world():
+        raise UserError(
+            f"{latest.folder} is of {latest.ranks} rank(s), this run has {distributed.world()}. "
+            "Start as many as before."
+        )
+    keys = {"weights": "model.path", "train": "data.path", "held_out": "data.path"}
+    changed = dict.fromkeys(keys[name] for name in keys if progress.inputs[name] != inputs[name])
+    if changed:
+        raise UserError(
+            f"{latest.folder}: what {' and '.join(changed)} names has changed since the run began; put it back to "
+            "resume the run, or choose a new run.dir."
+        )
 
 
 def _evaluate(prepared: Prepared, engine: Engine, method: Method) -> tuple[dict[str, float], str]:
@@ -230,8 +267,10 @@ def _introduce(prepared: Prepared, engine: Engine, run_dir: Path, progress: Prog
         f"engine={experiment.engine.name}; {trained:,} trained weights on this rank"
     )
     going = f"goes on after step {progress.step}" if progress.step else "starts"
+    prompts = min(experiment.train.prompts, len(store))
+    tokens = float((store.prompt_tokens + store.response_tokens).mean()) * prompts
     terminal.say(
-        f"{of} optimizer steps of {min(experiment.train.prompts, len(store))} prompts, {len(store)} prompts in all; "
+        f"{of} optimizer steps of {prompts} prompts ({tokens:,.0f} tokens), {len(store)} prompts in all; "
         f"{going}; output in {run_dir}"
     )
 

@@ -74,6 +74,10 @@ def _work(run_dir: Path) -> int:
     from align_cli import experiment
     from align_cli.run import prepare, run
 
+    if rundir.read_summary(run_dir) is not None:
+        if os.environ.get("RANK", "0") == "0":
+            terminal.result(f"{run_dir} is finished already")
+        return exits.DONE
     plan = experiment.read(rundir.read_config(run_dir))
     problems = [*experiment.needs_gpu(plan), *_wrong_ranks(plan, run_dir)]
     if problems:
@@ -82,6 +86,8 @@ def _work(run_dir: Path) -> int:
     if plan.engine.stage is not None:
         distributed.join(device)
     try:
+        if LOCKED not in os.environ and distributed.rank() == 0:
+            rundir.write_env(run_dir, device=device.type, ranks=distributed.world())
         run(prepare(plan), run_dir)
     finally:
         distributed.leave()
@@ -93,6 +99,8 @@ def _wrong_ranks(plan: "Experiment", run_dir: Path) -> list[str]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if plan.engine.stage is None and ranks > 1:
         return [f"engine=torch runs in one process; {ranks} were started. Prepare the run with engine=zero0 to zero3."]
+    if plan.launch.devices is not None and plan.launch.devices != ranks:
+        return [f"{run_dir} is prepared for launch.devices={plan.launch.devices}; {ranks} ranks were started."]
     saved = [checkpoint.ranks for checkpoint in committed(run_dir / "checkpoints")[:1]]
     return [
         f"{run_dir}: its checkpoints are of {there} rank(s); {ranks} were started." for there in saved if there != ranks

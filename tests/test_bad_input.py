@@ -152,7 +152,7 @@ COMMAND_LINES = {
     "algo=dpo reward=smoothed": ("reward.alpha=${algo.alpha}", "there is no algo.alpha", "another choice"),
     "algo=dpo reward=smoothed reward.alpha=1": ("algo=dpo reward=smoothed", "algo=cdpo"),
     "algo=sft data.responses=2": ("algo=sft", "data.responses=2", "data.responses=1 keeps the best"),
-    "data.responses=1": ("algo=nca", "data.responses=1 leaves it nothing"),
+    "data.responses=1": ("algo=nca", "data.responses=1 gives one"),
     "algo=dpo data.responses=4": ("algo=dpo compares two", "data=file gives 4", "data.pairs=best_random"),
     "reference=adapter": ("reference=adapter", "there are none", "adapter=lora"),
     "reference=cached reference.path=x": ("reference=cached reference.path=x", "reference=frozen"),
@@ -502,7 +502,11 @@ def test_only_the_same_run_is_resumed(
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "3")
         told = yaml.safe_load(config.read_text())
-        config.write_text(yaml.safe_dump(told | {"engine": told["engine"] | {"name": "zero1"}}))
+        told |= {"engine": told["engine"] | {"name": "zero1"}}
+        config.write_text(yaml.safe_dump(told))
+        assert worker.main(["run"]) == 2
+        assert "prepared for launch.devices=1; 3 ranks were started" in capsys.readouterr().err
+        config.write_text(yaml.safe_dump(told | {"launch": told["launch"] | {"devices": None}}))
         assert worker.main(["run"]) == 2
         assert "its checkpoints are of 1 rank(s); 3 were started" in capsys.readouterr().err
 

@@ -20,6 +20,7 @@ GIVEN = {"hf": ["model.path=x"], "file": ["data.path=x"]}
 # Why a choice of algorithm, model and data may be refused, and the choice that its sentence asks for.
 REASONS = {
     "compares two responses": ["data.pairs=best_random"],
+    "compares the responses of a prompt": ["data.responses=4"],
     "comes from the embedded world": ["world=addition"],
 }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from forks import Forks
-from small_runs import align, largest_difference, losses, overrides, summary, weights
+from small_runs import align, build_model, largest_difference, losses, overrides, summary, weights
 
 from align_cli import exits
 from align_cli.checkpoints import committed
@@ -168,3 +169,34 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert f"step_{newest.step:08d} is damaged (wrong hash: engine.safetensors)" in capsys.readouterr().err
     assert align(*command(tmp_path / "calm")) == exits.DONE
     same(run_dir, tmp_path / "calm")
+
+
+@pytest.mark.parametrize("changed", ["data.path", "model.path"])
+def test_a_run_does_not_go_on_with_other_data_or_weights(
+    changed: str, tiny_model: Path, ragged_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    rows = Path(shutil.copy(ragged_file, tmp_path / "rows.jsonl"))
+    given = overrides(model, rows, tmp_path / "run", "train.steps=4", "checkpoint.every=1")
+    assert align("train", *given) == exits.DONE
+    (tmp_path / "run" / "summary.json").unlink()
+    if changed == "data.path":
+        rows.write_text("\n".join(reversed(rows.read_text().splitlines())) + "\n")
+    else:
+        build_model(model, seed=1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert align("train", *given) == exits.USER
+    assert f"what {changed} names has changed" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_after_its_last_step_trains_no_more(tiny_model: Path, ragged_file: Path, tmp_path: Path) -> None:
+    given = overrides(tiny_model, ragged_file, tmp_path / "run", "train.steps=5", "checkpoint.every=100")
+    assert align("train", *given) == exits.DONE
+    whole = weights(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert [checkpoint.step for checkpoint in committed(tmp_path / "run" / "checkpoints")] == [5]
+    assert align("train", *given) == exits.DONE
+    assert largest_difference(weights(tmp_path / "run"), whole) == 0.0
+    assert len(losses(tmp_path / "run")) == 5

@@ -48,7 +48,9 @@ def export(source: Path, dest: Path) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     if (source / "adapter_config.json").is_file():
         before, network, probe = _merged(source)
     else:

@@ -61,7 +61,7 @@ def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrai
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # its report of what is missing is ours to give, in one line
     try:
-        network, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model.path,
             revision=model.revision,
             dtype=dtype,
@@ -73,6 +73,7 @@ def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrai
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.path={model.path}: the weights cannot be read: {_first_line(error)}") from error
+    network, told = loaded
     if told["missing_keys"]:
         absent = sorted(told["missing_keys"])
         raise UserError(
@@ -218,6 +219,11 @@ def flat_rows_error(network: nn.Module, vocabulary: int, device: torch.device) -
 
 def read_architecture(model: Model) -> Any:
     """The model's transformers configuration, never running code that comes with it."""
+    if (Path(model.path) / "adapter_config.json").is_file() and not (Path(model.path) / "config.json").is_file():
+        raise UserError(
+            f"model.path={model.path}: holds adapters without their model. `align export RUN FOLDER` merges a run's "
+            "adapters into a folder that would be right."
+        )
     if not model.path or (model.path.startswith((".", "/", "~")) and not Path(model.path).is_dir()):
         raise UserError(f"model.path={model.path}: there is no such folder (seen from {Path.cwd()}).")
     try:
