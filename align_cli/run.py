@@ -29,8 +29,11 @@ from align_cli.train import Method, Progress, evaluate_loss, stop_signals, total
 from align_cli.world import World
 
 
-def prepare(experiment: Experiment) -> Prepared:
+def prepare(experiment: Experiment, say: Say = terminal.say) -> Prepared:
     """Make or find the embedded world and the tokenised data; on each node one rank does it, the others find it done.
+
+    Args:
+        say: is told what is found and done, by the rank that does it.
 
     Raises:
         UserError: model or data cannot be read, or the data has nothing to learn from.
@@ -40,7 +43,7 @@ def prepare(experiment: Experiment) -> Prepared:
     prepared, failure = None, None
     if leader:
         try:
-            prepared = _prepare(experiment, terminal.say)
+            prepared = _prepare(experiment, say)
         except Exception as error:  # whatever it is, the ranks that wait have to be told
             failure = error
     told = [text for text in distributed.gather(None if failure is None else str(failure)) if text]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,12 @@ from align_cli.config import Tree, quoted
 from align_cli.errors import UserError
 
 LONGEST_NAME = 160  # of a job's folder, in characters
-COLUMNS = ("loss/last", "eval/after/exact_match", "eval/after/reward", "displacement/chosen")
+COLUMNS = {
+    "loss/last": "loss",
+    "eval/after/exact_match": "exact match",
+    "eval/after/reward": "reward",
+    "displacement/chosen": "chosen, nats",
+}  # figure -> its heading in the table
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,10 @@ def show(planned: Sequence[Job], states: dict[Path, str]) -> None:
     """A table of all jobs: swept values, state, final figures."""
     summaries = {job.run_dir: rundir.read_summary(job.run_dir) or {} for job in planned}
     names = [name for name in COLUMNS if any(name in summary for summary in summaries.values())]
-    table = Table("job", *[part.partition("=")[0] for part in planned[0].swept], "state", *names)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    keys = [part.partition("=")[0] for part in planned[0].swept]
+    for heading in ("job", *keys, "state", *(COLUMNS[name] for name in names)):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "state")
     for number, job in enumerate(planned, start=1):
         figures = [summaries[job.run_dir].get(name) for name in names]
         cells = [f"{figure:.4g}" if isinstance(figure, float) else "" for figure in figures]

@@ -88,7 +88,8 @@ def _work(run_dir: Path) -> int:
     try:
         if LOCKED not in os.environ and distributed.rank() == 0:
             rundir.write_env(run_dir, device=device.type, ranks=distributed.world())
-        run(prepare(plan), run_dir)
+        # `align train` has prepared the run and said so.
+        run(prepare(plan, terminal.silent if LOCKED in os.environ else terminal.say), run_dir)
     finally:
         distributed.leave()
     return exits.DONE
