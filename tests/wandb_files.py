@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ def _records(data: bytes) -> Iterator[bytes]:
             at += _BLOCK - at % _BLOCK
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + length > len(data):  # still being written
+            return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or its last part
@@ -29,15 +32,23 @@ def _items(items: Any) -> dict[str, Any]:
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
-def read(run_dir: Path) -> list[dict[str, Any]]:
-    """For each offline file of a run directory: id, project, group, config, steps (a dict each) and summary."""
+def _parsed(path: Path) -> list[Any]:
+    """The records of a file. Its writer is a process of its own, which may be at it after `finish` has returned."""
     protocol = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    deadline = time.monotonic() + 60
+    while True:
+        records = [protocol.Record.FromString(data) for data in _records(path.read_bytes())]
+        if any(record.HasField("exit") for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.05)
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """For each offline file of a finished run: id, project, group, config, steps (a dict each) and summary."""
     found = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         run: dict[str, Any] = {"config": {}, "steps": [], "summary": {}}
-        for data in _records(path.read_bytes()):
-            record = protocol.Record()
-            record.ParseFromString(data)
+        for record in _parsed(path):
             if record.HasField("run"):
                 run |= {"id": record.run.run_id, "project": record.run.project, "group": record.run.run_group}
                 run["config"] |= _items(record.run.config.update)
