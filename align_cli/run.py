@@ -168,14 +168,16 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
     checkpoints = Checkpoints(run_dir / "checkpoints", experiment.checkpoint.keep)
     latest = checkpoints.latest()
     inputs = _inputs(prepared, engine)
-    progress = Progress(inputs=inputs) if latest is None else Progress(**latest.state())
+    progress = Progress(inputs=inputs)
+    if latest is not None:
+        progress = Progress(**latest.state())
+        _refuse_changes(latest, progress, inputs)
     _introduce(prepared, engine, run_dir, progress)
     method, evaluation, cache = build_methods(prepared, engine, device, inputs["weights"])
     with stop_signals() as stop:
         if latest is None:
             progress.before = _evaluate(prepared, engine, evaluation)[0]
         else:
-            _refuse_changes(latest, progress, inputs)
             engine.load(latest.folder)
         with _tracker(prepared, run_dir, progress) as tracker:
             train(
