@@ -1,14 +1,17 @@
 """The parts of a run, put together: the policy in its engine, the makers of columns, the loss over them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from align_cli import distributed, paths, terminal
-from align_cli.data.batches import members
+from align_cli.data.batches import members, steps_per_epoch
 from align_cli.data.store import Group, Store
 from align_cli.engine import (
     DeepSpeedEngine,
@@ -29,7 +32,7 @@ from align_cli.models.causal import (
     recompute_activations,
     takes_flat_rows,
 )
-from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched
+from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics
 from align_cli.train import Method, total_steps
 
 # Largest difference in nats per token between a flat row and padded sequences that rounding explains.
@@ -116,19 +119,10 @@ def build_methods(
     """
     experiment = prepared.experiment
     asked = "reference" in experiment.made
-    budget = experiment.engine.micro_tokens
     reference, cache = None, None
     if experiment.reference.name == "cached":
-        home = Cached.home(
-            paths.cache(),
-            digest,
-            dtype=experiment.engine.dtype(device),
-            flat=engine.flat,
-            bits=experiment.adapter.bits,
-        )
-        reference = cache = Cached(home)
-        wanted = _groups_to_score(prepared, asked)
-        cache.fill(engine, wanted, budget=budget, say=terminal.say if distributed.rank() == 0 else terminal.silent)
+        reference = cache = open_cache(experiment, engine, digest)
+        fill(cache, prepared, engine, everything=False)
     elif asked and experiment.reference.name == "frozen":
         reference = _frozen(experiment, engine, device)
     elif asked:
@@ -136,31 +130,72 @@ def build_methods(
     if reference is None:
         method = Method(experiment, producers(experiment), experiment.made)
         return method, method, None
-    mismatch = MismatchKL(engine, reference, budget=budget)
+    mismatch = MismatchKL(engine, reference, budget=experiment.engine.micro_tokens)
     makers = producers(experiment) | {"reference": reference, "mismatch_kl": mismatch}
     seen = experiment.made if asked else (*experiment.made, "reference")
     return Method(experiment, makers, experiment.made), Method(experiment, makers, seen), cache
 
 
-def _groups_to_score(prepared: Prepared, asked: bool) -> list[Group]:
-    """What a run will look up: the groups of its steps and of its evaluations, and KTO's mismatched pairs."""
-    experiment, store, held_out = prepared.experiment, prepared.train, prepared.held_out
+def open_cache(experiment: Experiment, engine: Engine, digest: str) -> Cached:
+    """The figures of these weights under this engine's numerics; every rank calls it.
+
+    Args:
+        digest: of the policy's starting weights.
+    """
+    dtype, bits = experiment.engine.dtype(engine.device), experiment.adapter.bits
+    told = numerics(dtype=dtype, bits=bits, flat=engine.flat, device=engine.device)
+    origin = {
+        "model": experiment.model.path,
+        "revision": experiment.model.revision,
+        "weights": digest,
+        "numerics": told,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bits": bits,
+        "rows": "shared" if engine.flat else "padded",
+        "device": engine.device.type,
+    }
+    return Cached(Cached.home(paths.cache(), digest, told), origin)
+
+
+def fill(cache: Cached, prepared: Prepared, engine: Engine, *, everything: bool) -> None:
+    """Have the reference of what a run will look up: its steps, its evaluations, and KTO's mismatched pairs.
+
+    Args:
+        everything: also what neither is trained on nor evaluated in this run.
+    """
+    experiment, train, held_out = prepared.experiment, prepared.train, prepared.held_out
+    budget = experiment.engine.micro_tokens
+    say = terminal.say if distributed.rank() == 0 else terminal.silent
+    asked = "reference" in experiment.made
+    evaluated = len(held_out) if everything else min(experiment.eval.groups, len(held_out))
+    if asked:
+        trained = np.arange(len(train)) if everything else _groups_of_steps(experiment, len(train))
+        cache.fill_store(engine, train, trained, budget=budget, say=say)
+    cache.fill_store(engine, held_out, np.arange(evaluated), budget=budget, say=say)
+    if "mismatch_kl" in experiment.made:
+        cache.fill(engine, _pairs_of_steps(prepared), budget=budget, say=say)
+
+
+def _groups_of_steps(experiment: Experiment, groups: int) -> NDArray[np.int64]:
+    """The groups that a run's steps hold, in the order of the store."""
+    prompts, seed = experiment.train.prompts, experiment.run.seed
+    of = total_steps(experiment.train, groups)
+    if of >= steps_per_epoch(groups, prompts):
+        return np.arange(groups)
+    chosen = [members(groups, step, prompts=prompts, seed=seed) for step in range(1, of + 1)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _pairs_of_steps(prepared: Prepared) -> Iterator[Group]:
+    """KTO's mismatched pairs, of each step and of the evaluation."""
+    experiment, train, held_out = prepared.experiment, prepared.train, prepared.held_out
+    prompts, seed = experiment.train.prompts, experiment.run.seed
+    for step in range(1, total_steps(experiment.train, len(train)) + 1):
+        indices = members(len(train), step, prompts=prompts, seed=seed).tolist()
+        yield from mismatched([train[index] for index in indices])
     evaluated = [held_out[index] for index in range(min(experiment.eval.groups, len(held_out)))]
-    if not asked:
-        return evaluated
-    of = total_steps(experiment.train, len(store))
-    wanted: dict[int, Group] = {}
-    pairs: list[Group] = []
-    for step in range(1, of + 1):
-        indices = members(len(store), step, prompts=experiment.train.prompts, seed=experiment.run.seed).tolist()
-        if "mismatch_kl" in experiment.made:
-            pairs += mismatched([store[index] for index in indices])
-        elif len(wanted) == len(store):
-            break
-        wanted |= {index: store[index] for index in indices if index not in wanted}
-    if "mismatch_kl" in experiment.made and evaluated:
-        pairs += mismatched(evaluated)
-    return [*(wanted[index] for index in sorted(wanted)), *evaluated, *pairs]
+    if evaluated:
+        yield from mismatched(evaluated)
 
 
 def _frozen(experiment: Experiment, engine: Engine, device: torch.device) -> Frozen:

@@ -8,36 +8,43 @@ beside the policy; `AdapterOff` is the policy without its adapters. All three go
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from align_cli import distributed, terminal
+from align_cli import distributed, paths
+from align_cli.cache import MISSING, OWN, Figures, Folder, Names, file_digest, names_of
 from align_cli.data.batches import MicroBatch, flatten, split
-from align_cli.data.store import Group
+from align_cli.data.store import Group, Store
 from align_cli.engine import Engine
 from align_cli.models.adapters import switched_off
 from align_cli.models.causal import measure
 
 Say = Callable[[str], None]
 
-_VERSION = 1  # of what is stored; raise it when the meaning of a stored figure changes
-_SHARD = 2048  # groups between two writes
+_VERSION = 2  # of what is stored; raise it when the meaning of a stored figure changes
+CHUNK = 1024  # groups looked up at a time
+FIRST, MOST = 64, 2048  # groups measured before the first write, and at most between two
+PERIOD = 30.0  # seconds between two writes; a killed run measures again what it did in them
 
 
 def content(group: Group) -> list[bytes]:
     """A 128-bit name for each response in the context of its prompt, from their token ids alone."""
     prompt = np.ascontiguousarray(group.prompt, dtype=np.int32).tobytes()
-    head = struct.pack("<q", len(group.prompt)) + prompt
-    return [
-        hashlib.blake2b(head + np.ascontiguousarray(r, dtype=np.int32).tobytes(), digest_size=16).digest()
-        for r in group.responses
-    ]
+    head = hashlib.blake2b(struct.pack("<q", len(group.prompt)) + prompt, digest_size=16)
+    names: list[bytes] = []
+    for response in group.responses:
+        name = head.copy()
+        name.update(np.ascontiguousarray(response, dtype=np.int32).tobytes())
+        names.append(name.digest())
+    return names
 
 
 def weights_digest(path: str, commit: str | None) -> str:
@@ -48,11 +55,26 @@ def weights_digest(path: str, commit: str | None) -> str:
         digest.update(f"{path}@{commit}".encode())
         return digest.hexdigest()
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(file.name.encode())
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+        digest.update(f"{file.name} {file_digest(file, paths.cache() / 'weights')}\n".encode())
     return digest.hexdigest()
+
+
+def numerics(*, dtype: torch.dtype, bits: int | None, flat: bool, device: torch.device) -> str:
+    """What decides the rounding of a figure, as a name: figures of other numerics are never mixed.
+
+    Args:
+        dtype: of weights and activations.
+        bits: of quantised weights.
+        flat: whether a row holds a prompt once for its responses.
+        device: whose kernels compute.
+    """
+    parts = [str(dtype).removeprefix("torch."), device.type, "shared" if flat else "padded"]
+    if bits is not None:
+        parts.insert(1, f"{bits}bit")
+    # "high" and "medium" let fp32 matrices be multiplied in fewer bits, where the hardware can.
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        parts.insert(1, torch.get_float32_matmul_precision())
+    return "-".join(parts)
 
 
 class Cached:
@@ -60,81 +82,163 @@ class Cached:
 
     Args:
         folder: where figures of these weights and numerics are kept; shared by runs, also at the same time.
+        origin: what they are measured with, for `align cache`.
+
+    Attributes:
+        measured: responses that this run has measured.
+        found: responses that this run asked for and found, each time that it asked.
+        seconds: spent on looking up and measuring before the first step.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.figures: dict[bytes, float] = {}
+    def __init__(self, folder: Path, origin: Mapping[str, str | int | None] | None = None) -> None:
+        # On each machine one process writes; the others wait until it has tidied.
+        self.writes = os.environ.get("LOCAL_RANK", str(distributed.rank())) == "0"
+        if not self.writes:
+            distributed.barrier()
+        self.kept = Folder(folder, tidies=self.writes)
+        if self.writes:
+            if origin is not None:
+                self.kept.describe(origin)
+            distributed.barrier()
         self.measured = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        for shard in sorted(folder.glob("*.npz")):
-            try:
-                with open(shard, "rb") as file, np.load(file, allow_pickle=False) as stored:
-                    names, values = stored["names"], stored["values"]
-            except (ValueError, KeyError, EOFError, BadZipFile):  # cut by a full disk or a copy that was interrupted
-                if distributed.rank() == 0:
-                    terminal.warn(f"{shard} is damaged; its responses are measured again")
-                continue
-            self.figures |= {name.tobytes(): float(value) for name, value in zip(names, values, strict=True)}
+        self.found = 0
+        self.seconds = 0.0
+        self.capacity = FIRST * distributed.world()
 
     @staticmethod
-    def home(cache: Path, digest: str, *, dtype: torch.dtype, flat: bool, bits: int | None) -> Path:
+    def home(cache: Path, digest: str, numerics: str) -> Path:
         """The folder of these weights under these numerics."""
-        rows = "shared" if flat else "padded"
-        numerics = str(dtype).removeprefix("torch.") if bits is None else f"{bits}bit"
-        return cache / "references" / f"{digest}-{numerics}-{rows}-v{_VERSION}"
+        return cache / "references" / f"{digest}-{numerics}-v{_VERSION}"
+
+    def counters(self) -> dict[str, int | float]:
+        """What the summary of a run tells."""
+        return {"reference/measured": self.measured, "reference/found": self.found, "reference/seconds": self.seconds}
 
     def fill(self, engine: Engine, groups: Iterable[Group], *, budget: int, say: Say) -> None:
-        """Measure what is missing under the engine's present weights; every rank calls it with the same groups."""
-        if len(set(distributed.gather(len(self.figures)))) > 1:  # another run wrote while these ranks read
-            for seen in distributed.gather(self.figures):
-                self.figures |= seen
-        batch: list[Group] = []
-        for group in groups:
-            if any(name not in self.figures for name in content(group)):
-                batch.append(group)
-            if len(batch) == _SHARD:
+        """Measure what is missing under the engine's present weights; every rank calls it with the same groups.
+
+        Memory does not grow with the number of groups, as long as the disk takes the figures.
+
+        Args:
+            groups: looked at once, in order.
+            budget: most tokens of a micro-batch.
+            say: is told what is measured.
+        """
+        begun = time.perf_counter()
+        source = iter(groups)
+        pending: list[Group] = []
+        named: set[bytes] = set()  # of what is pending
+        while chunk := list(islice(source, CHUNK)):
+            pending += self._missing(chunk, named)
+            while len(pending) >= self.capacity:
+                batch, pending = pending[: self.capacity], pending[self.capacity :]
                 self._measure(engine, batch, budget, say)
-                batch = []
-        if batch:
-            self._measure(engine, batch, budget, say)
+                named = {name for group in pending for name in content(group)}
+        if pending:
+            self._measure(engine, pending, budget, say)
+        self.kept.let_go()
+        self.seconds += time.perf_counter() - begun
+
+    def fill_store(self, engine: Engine, store: Store, indices: NDArray[np.int64], *, budget: int, say: Say) -> None:
+        """`fill` with some groups of a store, each given once; not even looked up where all are known to be there."""
+        if all(distributed.gather(self.kept.covers(store.digest))):
+            self.found += int(store.responses[indices].sum())
+            return
+        self.fill(engine, (store[index] for index in indices.tolist()), budget=budget, say=say)
+        if len(indices) == len(store) and self.writes:
+            self.kept.cover(store.digest)
+
+    def _missing(self, groups: Sequence[Group], named: set[bytes]) -> Iterator[Group]:
+        """Groups of the responses that no rank has a figure of, and that are not among `named` yet."""
+        told = [content(group) for group in groups]
+        names = names_of([name for each in told for name in each])
+        values, state = self.kept.find(names)
+        there = state != MISSING
+        if distributed.world() > 1:
+            there = self._agree(names, values, there)
+        self.found += int((there & (state != OWN)).sum())
+        if there.all():
+            return
+        place = 0
+        for group, each in zip(groups, told, strict=True):
+            lacking = [k for k, name in enumerate(each) if not there[place + k] and name not in named]
+            place += len(each)
+            lacking = [k for n, k in enumerate(lacking) if each[k] not in [each[j] for j in lacking[:n]]]
+            if lacking:
+                named.update(each[k] for k in lacking)
+                yield replace(
+                    group, responses=tuple(group.responses[k] for k in lacking), ratings=group.ratings[lacking]
+                )
+
+    def _agree(self, names: Names, values: Figures, there: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Have figures that another rank sees: it may have looked later, or at another machine's disk."""
+        seen = distributed.gather(np.packbits(there))
+        if all(np.array_equal(bits, seen[0]) for bits in seen):
+            return there
+        for other_names, other_values in distributed.gather((names[there], values[there])):
+            fresh = self.kept.find(other_names)[1] == MISSING
+            if fresh.any():
+                self.kept.adopt(other_names[fresh], other_values[fresh], own=False)
+        return np.any([np.unpackbits(bits, count=len(there)).astype(bool) for bits in seen], axis=0)
 
     @torch.no_grad()
     def _measure(self, engine: Engine, groups: Sequence[Group], budget: int, say: Say) -> None:
-        say(f"measuring the reference on {sum(len(g.responses) for g in groups)} responses")
+        """Measure groups, whose responses are all new, and commit them as one shard."""
+        begun = time.perf_counter()
         tokens = np.array([len(g.prompt) + sum(len(r) for r in g.responses) for g in groups])
         responses = np.array([len(g.responses) for g in groups])
+        first = np.cumsum(responses) - responses
+        say(f"measuring the reference on {responses.sum():,} responses" + self._so_far())
         parts = split(range(len(groups)), tokens, responses, ranks=distributed.world(), budget=budget)
-        found: dict[bytes, float] = {}
+        places: list[NDArray[np.int64]] = []
+        figures: list[NDArray[np.float32]] = []
         for part in parts[distributed.rank()]:
-            members = [groups[index] for index in part.groups]
-            policy = engine.measure(flatten(members).to(engine.device))["policy"].cpu()
-            for group, row in zip(members, policy.tolist(), strict=True):
-                found |= dict(zip(content(group), row, strict=True))
-        for others in distributed.gather(found):
-            self.figures |= others
-            self.measured += len(others)
-            if distributed.rank() == 0:
-                self._write(others)
-        distributed.barrier()
+            batch = flatten([groups[index] for index in part.groups]).to(engine.device)
+            policy = engine.measure(batch)["policy"].float().cpu().numpy()
+            if part.counted:
+                places += [first[index] + np.arange(responses[index]) for index in part.groups]
+                figures.append(policy.reshape(-1))
+        values = np.full(int(responses.sum()), np.nan, dtype=np.float32)
+        mine = (_joined(places, np.int64), _joined(figures, np.float32), time.perf_counter() - begun)
+        shares = distributed.gather(mine)
+        for place, figure, _ in shares:
+            values[place] = figure
+        self._commit(groups, values)
+        longest = max(seconds for *_, seconds in shares)
+        self.capacity = int(np.clip(len(groups) * PERIOD / max(longest, 1e-3), FIRST, MOST)) * distributed.world()
 
-    def _write(self, figures: dict[bytes, float]) -> None:
-        names = np.array([np.frombuffer(name, dtype=np.uint8) for name in figures])
-        values = np.array(list(figures.values()), dtype=np.float32)
-        digest = hashlib.blake2b(names.tobytes(), digest_size=8).hexdigest()
-        temporary = self.folder / f".{digest}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            np.savez(file, names=names, values=values)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / f"{digest}.npz")
+    def _commit(self, groups: Sequence[Group], values: Figures) -> None:
+        told = [content(group) for group in groups]
+        names = names_of([name for each in told for name in each])
+        if self.writes:
+            self.kept.add(names, values)
+            self.kept.keep_samples(
+                [
+                    (name, group.prompt, response)
+                    for group, each in zip(groups, told, strict=True)
+                    for name, response in zip(each, group.responses, strict=True)
+                ]
+            )
+        distributed.barrier()
+        self.kept.adopt(names, values, own=True)
+        self.measured += len(names)
+
+    def _so_far(self) -> str:
+        return f"; {self.measured:,} are done" if self.measured else ""
 
     def of(self, groups: Sequence[Group]) -> Tensor:
         """(B, K) for groups of one K."""
-        return torch.tensor([[self.figures[name] for name in content(group)] for group in groups])
+        names = names_of([name for group in groups for name in content(group)])
+        values, state = self.kept.find(names)
+        assert (state != MISSING).all(), "every response that is trained on or evaluated was given to `fill`"
+        return torch.from_numpy(values).view(len(groups), -1)
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         return self.of(batch.groups).to(batch.ratings.device)
+
+
+def _joined(arrays: Sequence[NDArray[np.generic]], kind: type[np.generic]) -> NDArray[np.generic]:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype=kind)
 
 
 class Frozen:

@@ -310,7 +310,7 @@ def _summary(
     summary |= {f"eval/after/{name}": value for name, value in after.items()}
     summary |= {name: value for name, value in after.items() if name.startswith("displacement/")}
     if cache is not None:
-        summary |= {"reference/measured": cache.measured}
+        summary |= cache.counters()
     return summary
 
 

@@ -1,8 +1,5 @@
 """The column `reference`: three ways that agree, and a cache that never measures twice nor answers for another."""
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from align_cli import rundir
-from align_cli.cli import dispatch
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
 from align_cli.engine import Optimizer, TorchEngine
 from align_cli.models import tiny
 from align_cli.models.adapters import Adapter, attach
 from align_cli.models.causal import Model, load_model
-from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, content, mismatched, weights_digest
+from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, content, mismatched, numerics, weights_digest
 
 CPU = torch.device("cpu")
 OPTIMIZER = Optimizer(betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
@@ -119,59 +114,6 @@ def test_only_what_is_new_is_measured(model: Path, tmp_path: Path) -> None:
     assert told == ["measuring the reference on 6 responses"]
 
 
-def test_a_damaged_shard_is_said_and_measured_again(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    engine, groups = load(model), some_groups()
-    whole = Cached(tmp_path)
-    whole.fill(engine, groups, budget=100, say=silent)
-    (shard,) = tmp_path.glob("*.npz")
-    written = shard.read_bytes()
-    for damaged in (written[: len(written) // 2], b"", b"PK\x03\x04", written[:200]):
-        shard.write_bytes(damaged)
-        cached = Cached(tmp_path)
-        assert "is damaged" in capsys.readouterr().err
-        cached.fill(engine, groups, budget=100, say=silent)
-        assert cached.measured == 15
-        assert_close(cached.of(groups), whole.of(groups), rtol=0, atol=0)
-
-
-def test_an_interrupted_write_leaves_nothing_that_is_read(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    engine, groups = load(model), some_groups()
-    with monkeypatch.context() as patch:
-        patch.setattr("align_cli.references.os.replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            Cached(tmp_path).fill(engine, groups, budget=100, say=silent)
-    assert not list(tmp_path.glob("*.npz"))
-    assert Cached(tmp_path).figures == {}
-
-
-def test_two_processes_may_fill_one_folder_at_once(tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from align_cli.references import Cached\n"
-        "cache = Cached(Path(sys.argv[1]))\n"
-        "for turn in range(40):\n"
-        "    cache._write({bytes([turn] * 16): -float(turn), bytes([int(sys.argv[2])] * 16): 1.0})\n"
-        "    Cached(Path(sys.argv[1])) if turn % 8 == 0 else None\n"
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", program, str(tmp_path), number], stderr=subprocess.PIPE, text=True)
-        for number in ("100", "101")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert "damaged" not in errors
-    expected = {bytes([n] * 16): -float(n) for n in range(40)} | {bytes([n] * 16): 1.0 for n in (100, 101)}
-    assert Cached(tmp_path).figures == expected
-    assert not list(tmp_path.glob(".*.tmp"))
-
-
 tokens = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=12)
 
 
@@ -209,69 +151,23 @@ def test_other_weights_dtypes_and_rows_have_folders_of_their_own(model: Path, tm
     assert weights_digest(str(tmp_path / "same"), None) != digest
     assert weights_digest("some/hub-id", "a" * 40) != weights_digest("some/hub-id", "b" * 40)
     homes = {
-        Cached.home(tmp_path, each, dtype=dtype, flat=flat, bits=None)
+        Cached.home(tmp_path, each, numerics(dtype=dtype, bits=bits, flat=flat, device=torch.device(device)))
         for each in (digest, other)
         for dtype in (torch.float32, torch.bfloat16)
+        for bits in (None, 4)
         for flat in (True, False)
+        for device in ("cpu", "cuda")
     }
-    assert len(homes) == 8
+    assert len(homes) == 2**5
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    generator = np.random.default_rng(0)
+def test_fewer_bits_in_matrix_products_are_other_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(dtype: torch.dtype, precision: str) -> str:
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+        return numerics(dtype=dtype, bits=None, flat=True, device=CPU)
 
-    def text() -> str:
-        return "".join(generator.choice(list("abcdefgh"), 3 + generator.integers(5)))
-
-    lines = [
-        {"prompt": f"{text()} =", "completions": [text() for _ in range(4)], "rewards": [0.1, 0.4, 0.2, 0.9]}
-        for _ in range(12)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_only_new_weights_numerics_or_tokens_are_measured(model: Path, rows: Path, cache: Path, tmp_path: Path) -> None:
-    def measured(name: str, **changed: object) -> int:
-        given = {
-            "algo": "nca",
-            "model": "hf",
-            "model.path": model,
-            "data": "file",
-            "data.path": rows,
-            "data.held_out": 2,
-            "train.prompts": 5,
-            "train.lr": 1e-3,
-            "track": "none",
-            "run.dir": tmp_path / name,
-        } | {key.replace("__", "."): value for key, value in changed.items()}
-        assert dispatch(["train", *(f"{key}={value}" for key, value in given.items())]) == 0
-        summary = rundir.read_summary(tmp_path / name)
-        assert summary is not None
-        return int(str(summary["reference/measured"]))
-
-    assert measured("first") == 4 * 12
-    assert measured("loss", algo__alpha=0.3, algo__beta=0.2) == 0
-    assert measured("pace", train__lr=1e-4, train__prompts=3, train__steps=2, run__seed=4) == 0
-    assert measured("fewer", data__responses=2) == 0
-    assert measured("adapter", adapter="lora") == 0
-    assert measured("another", algo="dpo", data__pairs="best_worst") == 0
-    assert measured("dtype", engine__precision="bf16") == 4 * 12
-    assert measured("rows", model__rows="padded") == 4 * 12
-    assert measured("weights", model__path=write_model(tmp_path / "other", seed=1)) == 4 * 12
-    longer = tmp_path / "longer.jsonl"
-    longer.write_text(rows.read_text().replace(' ="', ' +"', 1))
-    assert measured("prompt", data__path=longer) == 4
-    longer.write_text(rows.read_text().replace('"rewards"', '"scores"').replace('"scores"', '"rewards"'))
-    assert measured("same", data__path=longer) == 0
+    assert len({told(torch.float32, precision) for precision in ("highest", "high", "medium")}) == 3
+    assert len({told(torch.bfloat16, precision) for precision in ("highest", "high", "medium")}) == 1
 
 
 def test_mismatched_pairs_are_of_another_prompt_and_the_estimate_is_the_mean_log_ratio(

@@ -1,0 +1,546 @@
+"""The reference's figures on disk: what makes a run measure, what does not, and what goes wrong with disks and others.
+
+The runs are those of `small_runs`: 26 prompts with 2, 4, 4, 2, ... responses, of which 6 prompts are held out.
+"""
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_runs
+import torch
+from forks import Forks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import align, overrides, summary
+from torch.testing import assert_close
+
+from align_cli import cache, exits, references, sweep
+from align_cli.cache import FOUND, MISSING, Folder, Shard, names_of
+from align_cli.data.batches import MicroBatch, flatten
+from align_cli.data.store import Group
+from align_cli.engine import Engine, Optimizer, TorchEngine
+from align_cli.models.causal import Model, load_model
+from align_cli.references import Cached
+
+CPU = torch.device("cpu")
+OPTIMIZER = Optimizer(betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def names(*numbers: int) -> cache.Names:
+    return names_of([number.to_bytes(16, "big") for number in numbers])
+
+
+def figures(*values: float) -> cache.Figures:
+    return np.array(values, dtype=np.float32)
+
+
+def some_groups(count: int, responses: int = 3) -> list[Group]:
+    generator = np.random.default_rng(0)
+
+    def ids(size: int) -> np.ndarray:
+        return generator.integers(4, 15, size).astype(np.int32)
+
+    return [
+        Group(
+            index=index,
+            prompt=ids(3 + index % 5),
+            responses=tuple(ids(2 + 3 * k + index % 3) for k in range(responses)),
+            ratings=np.arange(responses, dtype=np.float32),
+            where="here",
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> TorchEngine:
+    section = Model(name="hf", path=str(tiny_model), revision=None, rows="auto", architecture=None)
+    return TorchEngine(load_model(section, dtype=torch.float32, bits=None), CPU, flat=True, optimizer=OPTIMIZER)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own."""
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.figures"))
+
+
+# --- shards
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.binary(min_size=16, max_size=16), st.floats(width=32, allow_nan=False), min_size=1))
+def test_a_shard_finds_every_name_it_holds_and_no_other(stored: dict[bytes, float]) -> None:
+    shard = cache.merged([Shard(names_of(list(stored)), figures(*stored.values()), None)])
+    values, there = shard.find(names_of(list(stored)))
+    assert there.all() and values.tolist() == figures(*stored.values()).tolist()
+    near = [bytes([name[0] ^ 1]) + name[1:] for name in stored] + [name[:-1] + bytes([name[-1] ^ 1]) for name in stored]
+    assert shard.find(names_of(near))[1].tolist() == [name in stored for name in near]
+
+
+def test_names_that_end_in_zero_bytes_are_names_like_others(tmp_path: Path) -> None:
+    zeros = names_of([bytes(16), b"a" + bytes(15), b"a" * 16])
+    kept = Folder(tmp_path, tidies=True)
+    kept.adopt(zeros, figures(1, 2, 3), own=kept.add(zeros, figures(1, 2, 3)) != "")
+    values, state = Folder(tmp_path, tidies=True).find(zeros[::-1])
+    assert values.tolist() == [3, 2, 1] and (state == FOUND).all()
+
+
+def test_of_two_figures_with_one_name_the_older_holds_before_and_after_a_merge(tmp_path: Path) -> None:
+    first, second = Folder(tmp_path, tidies=True), Folder(tmp_path, tidies=True)
+    for age, kept, value in ((2, first, 1.0), (1, second, 2.0)):
+        file = kept.add(names(7, age), figures(value, age))
+        os.utime(tmp_path / file, ns=(0, 10**18 - age))
+        kept.adopt(names(7, age), figures(value, age), own=True)
+    for kept in (first, second, Folder(tmp_path, tidies=True)):
+        kept.refresh()
+        assert kept.find(names(7))[0].tolist() == [1.0]
+    del first, second, kept
+    assert cache.tidy(tmp_path, many=1)[1] == 2
+    assert len(shards(tmp_path)) == 1
+    values, state = Folder(tmp_path, tidies=True).find(names(7, 2, 1, 8))
+    assert values[:3].tolist() == [1.0, 2.0, 1.0] and state.tolist() == [FOUND] * 3 + [MISSING]
+
+
+def test_many_shards_are_merged_by_the_next_run_and_never_while_one_reads(tmp_path: Path) -> None:
+    writer = Folder(tmp_path, tidies=True)
+    for number in range(cache.MANY + 1):
+        writer.add(names(number), figures(number))
+    (tmp_path / ".left.tmp").write_bytes(b"of a killed process")
+    reader = Folder(tmp_path, tidies=True)
+    assert len(shards(tmp_path)) == cache.MANY + 1 and (tmp_path / ".left.tmp").exists()
+    del writer, reader
+    merged = Folder(tmp_path, tidies=True)
+    assert len(shards(tmp_path)) == len(merged.shards) == 1
+    assert merged.find(names(*range(cache.MANY + 1)))[0].tolist() == list(range(cache.MANY + 1))
+    assert not (tmp_path / ".left.tmp").exists()
+
+
+def test_a_reader_keeps_its_figures_when_shards_are_replaced_under_it(tmp_path: Path) -> None:
+    reader = Folder(tmp_path, tidies=True)
+    file = reader.add(names(1, 2), figures(1, 2))
+    reader.refresh()
+    (tmp_path / file).unlink()
+    other = Folder(tmp_path, tidies=True)
+    other.add(names(3), figures(3))
+    assert reader.find(names(1, 2))[0].tolist() == [1, 2]
+
+
+def test_a_merge_that_is_killed_before_it_removes_loses_nothing(tmp_path: Path) -> None:
+    kept = Folder(tmp_path, tidies=True)
+    for number in range(3):
+        kept.add(names(number), figures(number))
+    del kept
+
+    def killed(path: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cache.tidy(tmp_path, many=1)
+    assert len(shards(tmp_path)) == 4
+    assert cache.tidy(tmp_path, many=1)[1] == 4
+    assert Folder(tmp_path, tidies=True).find(names(0, 1, 2))[0].tolist() == [0, 1, 2]
+    assert len(shards(tmp_path)) == 1
+
+
+def test_two_processes_that_write_merge_and_read_at_once_lose_nothing(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; import numpy as np; from align_cli.cache import Folder, names_of\n"
+        "folder, own = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "for turn in range(60):\n"
+        "    kept = Folder(folder, tidies=True)\n"
+        "    mine = names_of([n.to_bytes(16, 'big') for n in (turn, 1000 * own + turn)])\n"
+        "    kept.add(mine, np.array([turn, -own], np.float32))\n"
+        "    kept.refresh()\n"
+        "    seen = names_of([n.to_bytes(16, 'big') for n in range(1000 * own, 1000 * own + turn + 1)])\n"
+        "    values, state = kept.find(seen)\n"
+        "    assert state.all() and (values == -own).all(), turn\n"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path), number], stderr=subprocess.PIPE, text=True)
+        for number in ("1", "2")
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and errors == ""
+    kept = Folder(tmp_path, tidies=True)
+    expected = {n: n for n in range(60)} | {1000 * own + n: -own for own in (1, 2) for n in range(60)}
+    assert kept.find(names(*expected))[0].tolist() == list(expected.values())
+    assert len(shards(tmp_path)) <= cache.MANY + 2  # they were merged on the way
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+# --- damage
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda data: b"", lambda data: data + data[:20]])
+def test_a_damaged_shard_is_set_aside_with_one_warning_and_its_responses_are_measured_again(
+    damage: Callable[[bytes], bytes], engine: TorchEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = some_groups(5)
+    whole = Cached(tmp_path)
+    whole.fill(engine, groups[:2], budget=100, say=silent)
+    (spared,) = shards(tmp_path)
+    whole.fill(engine, groups, budget=100, say=silent)
+    (shard,) = set(shards(tmp_path)) - {spared}
+    expected = whole.of(groups).clone()
+    del whole
+    written = shard.read_bytes()
+    shard.unlink()  # a reader may have mapped it
+    shard.write_bytes(damage(written))
+    cached = Cached(tmp_path)
+    assert capsys.readouterr().err.count("is damaged") == 1
+    assert shards(tmp_path) == [spared] and list(tmp_path.glob("*.damaged")) == [shard.with_suffix(".damaged")]
+    cached.fill(engine, groups, budget=100, say=silent)
+    assert (cached.measured, cached.found) == (9, 6)
+    assert_close(cached.of(groups), expected, rtol=0, atol=0)
+    assert capsys.readouterr().err == ""
+
+
+# --- full and read-only disks
+
+
+def full_disk(number: int) -> Callable[..., None]:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
+def test_a_run_goes_on_with_one_warning_when_figures_cannot_be_written(
+    number: int,
+    engine: TorchEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    groups = some_groups(150)
+    monkeypatch.setattr(references, "MOST", 64)
+    cached = Cached(tmp_path, {"model": "here"})
+    monkeypatch.setattr(cache.os, "fsync", full_disk(number))
+    cached.fill(engine, groups, budget=500, say=silent)
+    cached.fill(engine, groups, budget=500, say=silent)
+    told = capsys.readouterr().err
+    assert told.count("warning:") == 1 and os.strerror(number) in told
+    assert cached.measured == 450 and cached.found == 0
+    monkeypatch.undo()
+    assert shards(tmp_path) == []
+    fresh = Cached(tmp_path)
+    fresh.fill(engine, groups, budget=500, say=silent)
+    # sums of at most 10 terms of 3 nats in fp32, in other orders where micro-batches differ
+    assert_close(cached.of(groups), fresh.of(groups), rtol=0, atol=1e-5)
+
+
+def test_a_disk_that_fills_while_a_run_measures_costs_a_warning_and_no_figure(
+    tiny_model: Path, ragged_file: Path, tmp_path: Path
+) -> None:
+    """The kernel refuses to let files grow beyond 600 bytes: 30 figures; a shard of a whole run has more."""
+    program = (
+        "import sys, resource, torch\n"
+        "from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_cache as t\n"
+        "engine = t.engine.__wrapped__(Path(sys.argv[2]))\n"
+        "cached = t.Cached(Path(sys.argv[3]))\n"
+        "small, more = t.some_groups(4), t.some_groups(60)\n"
+        "cached.fill(engine, small, budget=500, say=t.silent)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))\n"
+        "cached.fill(engine, more, budget=500, say=t.silent)\n"
+        "assert cached.measured == 180 and torch.isfinite(cached.of(more)).all()\n"
+    )
+    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-c", program, tests, str(tiny_model), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("warning:") == 1 and os.strerror(errno.EFBIG) in ended.stderr
+    assert [path.stat().st_size for path in shards(tmp_path)] == [12 * 20]
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+# --- filling
+
+
+class Counting(Engine):
+    """An engine that counts what it measures and may be killed on the way."""
+
+    def __init__(self, inner: TorchEngine, *, after: int | None = None) -> None:
+        super().__init__(inner.network, inner.device, flat=inner.flat)
+        self.inner = inner
+        self.after = after
+        self.calls = 0
+        self.responses = 0
+
+    def measure(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        if self.after is not None and self.responses >= self.after:
+            raise KeyboardInterrupt
+        self.calls += 1
+        self.responses += batch.lengths.numel()
+        return self.inner.measure(batch)
+
+    def module(self) -> torch.nn.Module:
+        return self.inner.module()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.inner.backward(loss)
+
+    def step(self, lr: float) -> float:
+        return self.inner.step(lr)
+
+    def save(self, folder: Path) -> None:
+        self.inner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.inner.load(folder)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.inner.weights()
+
+
+def test_a_response_that_comes_twice_is_measured_once(engine: TorchEngine, tmp_path: Path) -> None:
+    groups = some_groups(3)
+    again = replace(groups[0], responses=(groups[0].responses[1], *groups[0].responses[1:]))
+    cached, counting = Cached(tmp_path), Counting(engine)
+    cached.fill(counting, [*groups, again, groups[2]], budget=1000, say=silent)
+    assert counting.responses == cached.measured == 9
+    expected = engine.measure(flatten([again]))["policy"].detach()
+    assert_close(cached.of([again]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_kill_while_filling_loses_one_shard_at_most(
+    engine: TorchEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references, "FIRST", 10)
+    monkeypatch.setattr(references, "MOST", 10)  # groups of a shard
+    groups = some_groups(60)
+    with pytest.raises(KeyboardInterrupt):
+        Cached(tmp_path).fill(Counting(engine, after=100), groups, budget=100, say=silent)
+    cached = Cached(tmp_path)
+    cached.fill(engine, groups, budget=100, say=silent)
+    assert cached.found == 90 and cached.measured == 90  # 100 were measured, a shard holds 30
+
+
+def test_a_slow_model_writes_more_often(engine: TorchEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(references.time, "perf_counter", lambda: 20.0 * next(clock))  # a shard takes 20 s
+    monkeypatch.setattr(references, "FIRST", 4)
+    cached = Cached(tmp_path)
+    cached.fill(engine, some_groups(30, 1), budget=1000, say=silent)
+    # 4 groups in 20 s are 6 in 30 s, and then 9, and the 11 that are left
+    assert sorted(path.stat().st_size // cache.RECORD for path in shards(tmp_path)) == [4, 6, 9, 11]
+
+
+def test_memory_does_not_grow_with_the_number_of_groups(
+    engine: TorchEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups that come one by one are let go of; a few chunks and shards of 100 are alive at once."""
+    for name in ("CHUNK", "FIRST", "MOST"):
+        monkeypatch.setattr(references, name, 100)
+    alive: list[int] = []
+    most: list[int] = []
+
+    def stream() -> Iterator[Group]:
+        for index in range(3000):
+            prompt = np.array(divmod(index, 60), dtype=np.int32)
+            alive.append(index)
+            weakref.finalize(prompt, alive.remove, index)
+            yield Group(index, prompt, (np.array([5], np.int32),), np.zeros(1, np.float32), "")
+            most.append(len(alive))
+
+    class Zero(Counting):
+        def measure(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+            return {"policy": torch.zeros(batch.shape)}
+
+    cached = Cached(tmp_path)
+    cached.fill(Zero(engine), stream(), budget=4000, say=silent)
+    assert cached.measured == 3000
+    assert max(most) <= 500
+
+
+# --- runs
+
+
+class Runs:
+    """Small runs that share a cache, under `folder`."""
+
+    def __init__(self, model: Path, rows: Path, folder: Path) -> None:
+        self.model, self.rows, self.folder = model, rows, folder
+        self.count = itertools.count()
+
+    def train(self, *more: str) -> tuple[int, int]:
+        """Responses that a run measures, and that it finds."""
+        run_dir = self.folder / f"run-{next(self.count)}"
+        given = overrides(self.model, self.rows, run_dir, "train.steps=5", "eval.groups=64", *more)
+        plain = {override.partition("=")[0]: override for override in given}  # the last one of a key holds
+        assert align("train", *plain.values()) == 0
+        told = summary(run_dir)
+        return told["reference/measured"], told["reference/found"]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: Path, ragged_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """A cache that holds the whole of the ragged file."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE", str(folder / "cache"))
+        made = Runs(tiny_model, ragged_file, folder)
+        measured, found = made.train()
+        assert measured == responses(ragged_file) and found == 0
+        yield made
+
+
+def responses(rows: Path, *, at_most: int = 8) -> int:
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    return sum(min(at_most, len(line["completions"])) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("algo.alpha=0.3",),
+        ("algo.beta=0.7",),
+        ("algo=info_nca", "train.lr=1e-5"),
+        ("train.lr=1e-5", "train.prompts=3", "run.seed=4"),
+        ("adapter=lora",),
+        (),  # another run.dir alone
+    ],
+    ids=lambda change: ",".join(change) or "run.dir",
+)
+def test_alpha_beta_rate_order_adapters_and_output_never_measure_again(runs: Runs, change: tuple[str, ...]) -> None:
+    measured, found = runs.train(*change)
+    assert measured == 0 and found > 0
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_fewer_responses_of_a_prompt_never_measure_again(runs: Runs, keep: int) -> None:
+    assert runs.train(f"data.responses={keep}") == (0, responses(runs.rows, at_most=keep))
+
+
+@pytest.mark.parametrize("change", ["engine.precision=bf16", "model.rows=padded"])
+def test_other_numerics_always_measure_again(runs: Runs, change: str) -> None:
+    assert runs.train(change) == (responses(runs.rows), 0)
+
+
+def test_other_weights_always_measure_again_and_the_first_ones_are_still_there(runs: Runs, tmp_path: Path) -> None:
+    other = small_runs.build_model(tmp_path / "other", seed=1)
+    assert runs.train(f"model.path={other}") == (responses(runs.rows), 0)
+    weights = other / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-2] ^= 1  # of the last weight, in place
+    weights.write_bytes(changed)
+    assert runs.train(f"model.path={other}") == (responses(runs.rows), 0)
+    assert runs.train() == (0, responses(runs.rows))
+
+
+def test_another_template_always_measures_again(runs: Runs, tmp_path: Path) -> None:
+    chat = tmp_path / "chat"
+    shutil.copytree(runs.model, chat)
+    told = json.loads((chat / "tokenizer_config.json").read_text())
+    told["chat_template"] = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}={% endif %}{% endfor %}"
+    )
+    (chat / "tokenizer_config.json").write_text(json.dumps(told))
+    assert runs.train(f"model.path={chat}") == (0, responses(runs.rows))  # as long as the template is not used
+    assert runs.train(f"model.path={chat}", "data.template=auto") == (responses(runs.rows), 0)
+
+
+def test_truncation_measures_again_what_it_changes(runs: Runs) -> None:
+    prompts = [len(json.loads(line)["prompt"]) for line in runs.rows.read_text().splitlines()]
+    measured, found = runs.train(f"data.max_prompt_length={min(prompts) - 1}", "data.truncation=truncate_prompt_left")
+    assert measured == responses(runs.rows) and found == 0
+
+
+def test_a_longer_file_measures_its_new_rows_alone(runs: Runs, tmp_path: Path) -> None:
+    longer = small_runs.write_rows(tmp_path / "longer.jsonl", responses=(2, 4, 4), rows=29)
+    assert longer.read_text().startswith(runs.rows.read_text())
+    assert runs.train(f"data.path={longer}", "train.steps=6") == (
+        responses(longer) - responses(runs.rows),
+        responses(runs.rows),
+    )
+
+
+def test_a_run_whose_reference_is_there_makes_no_forward_pass_for_it(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 5 steps of 4 prompts, each one micro-batch, the network is called 5 times, and not in the evaluations."""
+    calls: list[int] = []
+    plain = TorchEngine.measure
+
+    def counted(self: TorchEngine, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        calls.append(batch.lengths.numel())
+        return plain(self, batch)
+
+    monkeypatch.setattr(TorchEngine, "measure", counted)
+    wide = ("eval.groups=0", "data.responses=2", "engine.micro_tokens=4096")
+    assert runs.train(*wide)[0] == 0
+    assert len(calls) == 5
+    calls.clear()
+    other = small_runs.build_model(runs.folder / "other", seed=2)
+    assert runs.train(*wide, f"model.path={other}")[0] == 40
+    assert len(calls) > 5
+
+
+def test_a_dataset_that_is_known_to_be_there_is_not_looked_through(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.train()
+    monkeypatch.setattr(Cached, "_missing", None)
+    assert runs.train() == (0, responses(runs.rows))
+    for shard in shards(runs.folder / "cache"):
+        os.utime(shard)
+    for note in (runs.folder / "cache").rglob("*.covers"):
+        note.write_text(json.dumps(["of a shard that is gone.figures"]))
+    with pytest.raises(TypeError):  # now it has to look
+        runs.train()
+
+
+def test_kto_s_mismatched_pairs_are_measured_once(runs: Runs) -> None:
+    measured, _ = runs.train("algo=kto", "algo.beta=0.1")
+    assert measured > 0
+    assert runs.train("algo=kto", "algo.beta=0.2", "train.lr=1e-5")[0] == 0
+
+
+def test_a_sweep_over_beta_and_rate_measures_each_response_once(
+    runs: Runs, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forked(given: list[str], config_dirs: list[str]) -> tuple[int, bool]:
+        return forks.run("train", *given), False
+
+    monkeypatch.setattr(sweep, "_run", forked)
+    model = small_runs.build_model(tmp_path / "model", seed=3)
+    given = [o for o in overrides(model, runs.rows, tmp_path / "sweep", "train.steps=5") if "train.lr" not in o]
+    grid = ("algo.beta=0.05,0.1,0.2", "train.lr=1e-4,3e-4,1e-3")
+    forks_cache = tmp_path / "sweep-cache"
+    monkeypatch.setenv("ALIGN_CACHE", str(forks_cache))
+    assert align("train", "-m", *given, *grid) == exits.DONE
+    told = [summary(path.parent) for path in sorted((tmp_path / "sweep").glob("*/summary.json"))]
+    assert len(told) == 9
+    everything = responses(runs.rows)
+    assert sorted(s["reference/measured"] for s in told) == [0] * 8 + [everything]
+    assert sorted(s["reference/found"] for s in told) == [0] + [everything] * 8
+    assert all(s["reference/seconds"] >= 0 for s in told)
