@@ -29,7 +29,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -44,6 +46,8 @@ MOST_SPECIALS = 0x7FF0
 PROBE = chr(ESCAPE + MOST_SPECIALS)  # stands for a text while the template is examined
 ANCHOR = chr(STAND_IN + MOST_SPECIALS)  # a border that no token crosses
 
+Ids = NDArray[np.int32]
+
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
 
@@ -51,8 +55,8 @@ SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 class Tokenised:
     """A record as token ids; every response ends with the stop token."""
 
-    prompt: list[int]
-    responses: tuple[list[int], ...]
+    prompt: Ids
+    responses: tuple[Ids, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +353,7 @@ class Template:
                 whole = next(continued)
                 border = whole.border(len(context))
                 responses.append(self.codec.encode_after(context, text) if border is None else whole.ids[border:])
-            made.append(Tokenised(self.begun(prompt.ids), tuple(responses)))
+            made.append(Tokenised(ids_of(self.begun(prompt.ids)), tuple(map(ids_of, responses))))
         rest = iter(made)
         return [one if isinstance(one, RowError) else next(rest) for one in rendered]
 
@@ -357,11 +361,15 @@ class Template:
         """`ids` with the one begin-of-sequence token that the tokenizer puts."""
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
-    def shortened(self, prompt: list[int], most: int) -> list[int] | None:
+    def shortened(self, prompt: Ids, most: int) -> Ids | None:
         """The end of a prompt, behind its begin-of-sequence token; None where the template's own tokens fill it."""
-        begin = prompt[:1] if self.bos is not None else []
+        begin = prompt[: 1 if self.bos is not None else 0]
         room = most - len(begin)
-        return begin + prompt[-room:] if room > self.header_tokens else None
+        return np.concatenate([begin, prompt[-room:]]) if room > self.header_tokens else None
+
+
+def ids_of(tokens: Sequence[int]) -> Ids:
+    return np.array(tokens, dtype=np.int32)
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:

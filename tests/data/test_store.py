@@ -1,5 +1,10 @@
 import io
 import json
+import re
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from align_cli.data import schemas
 from align_cli.data.options import Data, Format
+from align_cli.data.shelf import KEY, Growing, ranked
 from align_cli.data.show import show
-from align_cli.data.store import Store, converter, prepare
+from align_cli.data.store import Store, alone, converter, prepare
 from align_cli.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -87,6 +93,46 @@ def test_lengths_are_those_of_the_groups(tmp_path: Path, words: PreTrainedTokeni
         assert store.response_tokens.tolist() == [sum(map(len, group.responses)) for group in store]
 
 
+def test_prompts_number_the_distinct_prompts_as_they_first_appear(
+    tmp_path: Path, words: PreTrainedTokenizerBase
+) -> None:
+    rows = [*GOOD[:4], *GOOD[2:6], GOOD[0]]
+    train, _ = made(tmp_path, words, rows)
+    assert train.prompts.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 0]
+    for store in made(tmp_path, words, rows, held_out=2):
+        seen: list[list[int]] = []
+        for group, number in zip(store, store.prompts.tolist(), strict=True):
+            if number == len(seen):
+                seen.append(group.prompt.tolist())
+            assert seen[number] == group.prompt.tolist()
+        assert len({tuple(prompt) for prompt in seen}) == len(seen) == store.prompts.max() + 1
+
+
+def test_prompts_that_are_one_after_truncation_have_one_number(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
+    rows = [{**row, "prompt": f"{row['prompt']} and the rat sat on the mat."} for row in GOOD]
+    store, _ = made(tmp_path, words, rows, truncation="truncate_prompt_left", max_prompt_length=4)
+    assert set(store.prompts.tolist()) == {0}
+
+
+def test_the_largest_token_is_known_without_reading_the_tokens(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
+    for store in made(tmp_path, words, held_out=3):
+        assert store.largest == store.tokens.max() > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_keys_are_ranked_as_bytes_are(tmp_path: Path, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    keys = [bytes(key) for key in draw.integers(0, 3, (200, KEY), dtype=np.uint8) * np.uint8(127)]
+    keys += draw.permutation([key[:8] + bytes(8) for key in keys[:50]] + keys[:50]).tolist()
+    keys = [key.ljust(KEY, b"\0") for key in keys]
+    file = Growing(tmp_path / "keys.npy", np.uint8)
+    file.extend(np.frombuffer(b"".join(keys), dtype=np.uint8))
+    file.finish(kept=True)
+    file.file.close()
+    distinct = sorted(set(keys))
+    assert ranked(file.path).tolist() == [distinct.index(key) for key in keys]
+
+
 def test_the_files_are_ordinary_numpy_arrays(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
     store, _ = made(tmp_path, words)
     tokens = np.load(store.path.parent / "tokens.npy")
@@ -111,6 +157,83 @@ def test_a_store_is_made_once_and_again_when_anything_that_decides_it_changes(
     paths.add(made(tmp_path, words)[0].path)
     assert len(paths) == 5
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+PREPARE = """
+import sys, time
+from pathlib import Path
+from transformers import AutoTokenizer
+from tests.data.test_store import DATA, replace
+from align_cli.data import store
+
+folder = Path(sys.argv[1])
+build = store.build
+
+def slowly(*given):
+    (folder / "begun").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    print("built", flush=True)
+    if sys.argv[2] == "dies":
+        import os
+        os._exit(9)
+    build(*given)
+
+store.build = slowly
+tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+data = replace(DATA, path=str(folder / "rows.jsonl"))
+store.prepare(data, tokenizer, seed=0, cache=folder / "cache", say=lambda line: print(line, flush=True), pairwise=False)
+"""
+
+
+def preparing(folder: Path, ending: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PREPARE, str(folder), ending], stdout=subprocess.PIPE, text=True, cwd=CONF.parents[1]
+    )
+
+
+@pytest.mark.parametrize("ending", ["lives", "dies"])
+def test_of_two_that_prepare_one_dataset_the_second_waits(
+    tmp_path: Path, words: PreTrainedTokenizerBase, ending: str
+) -> None:
+    words.save_pretrained(tmp_path / "tokenizer")
+    written(tmp_path, GOOD)
+    with preparing(tmp_path, ending) as first:
+        while not (tmp_path / "begun").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        with preparing(tmp_path, "lives") as second:
+            assert second.stdout is not None
+            waits = second.stdout.readline()
+            (tmp_path / "go").touch()
+            rest, _ = second.communicate()
+        told, _ = first.communicate()
+    assert re.search(r"another process is reading .*rows\.jsonl: waiting", waits)
+    assert (first.returncode, second.returncode) == (0 if ending == "lives" else 9, 0)
+    assert "built" in told and ("built" in rest) == (ending == "dies")
+    assert "10 rows: 10 to train on" in rest
+    [made_once] = (tmp_path / "cache").iterdir()
+    assert (made_once / "train").is_dir()
+
+
+def test_a_lock_is_never_held_twice(tmp_path: Path) -> None:
+    """Also not by one who waited for a file that its holder has removed, which the next one makes anew."""
+    inside, most = [0], [0]
+
+    def hold() -> None:
+        for _ in range(5):
+            with alone(tmp_path / "lock", lambda: None):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0.001)
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and list(tmp_path.iterdir()) == []
 
 
 def test_the_digest_is_of_the_content(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:

@@ -1,5 +1,7 @@
 import re
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -42,10 +44,19 @@ def record(prompt: str | tuple[Message, ...], *responses: str) -> Record:
     return Record(prompt, responses, tuple(float(k) for k in range(len(responses))), "rows.jsonl:1")
 
 
-def tokenise(template: Template, one: Record) -> Tokenised:
+@dataclass(frozen=True)
+class Written:
+    """A `Tokenised` whose ids are lists."""
+
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+
+
+def tokenise(template: Template, one: Record) -> Written:
     [tokenised] = template.tokenise([one])
     assert isinstance(tokenised, Tokenised), tokenised
-    return tokenised
+    assert {ids.dtype for ids in (tokenised.prompt, *tokenised.responses)} == {np.dtype(np.int32)}
+    return Written(tokenised.prompt.tolist(), tuple(ids.tolist() for ids in tokenised.responses))
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> Template:
@@ -143,7 +154,7 @@ def test_a_response_has_the_same_ids_whatever_stands_beside_it(
     template = text(words)
     together = tokenise(template, record(asked, *answers))
     for answer, ids in zip(answers, together.responses, strict=True):
-        assert tokenise(template, record(asked, answer)) == Tokenised(together.prompt, (ids,))
+        assert tokenise(template, record(asked, answer)) == Written(together.prompt, (ids,))
 
 
 @ANY
@@ -250,9 +261,10 @@ def test_a_shortened_prompt_keeps_its_begin_and_its_end(words: PreTrainedTokeniz
         words, "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}[{% endif %}"
     )
     prompt = tokenise(template, record("hello there, how are you?", "7")).prompt
-    shorter = template.shortened(prompt, len(prompt) - 2)
-    assert shorter == prompt[:1] + prompt[3:]
-    assert template.shortened(prompt, 1 + template.header_tokens) is None
+    ids = np.array(prompt, dtype=np.int32)
+    shorter = template.shortened(ids, len(prompt) - 2)
+    assert shorter is not None and shorter.tolist() == prompt[:1] + prompt[3:]
+    assert template.shortened(ids, 1 + template.header_tokens) is None
 
 
 def test_a_chat_template_is_needed_for_template_chat(words: PreTrainedTokenizerBase) -> None:
