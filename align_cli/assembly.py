@@ -153,6 +153,7 @@ def open_cache(experiment: Experiment, engine: Engine, digest: str) -> Cached:
         "bits": bits,
         "rows": "shared" if engine.flat else "padded",
         "device": engine.device.type,
+        "matmul": torch.get_float32_matmul_precision(),
     }
     return Cached(Cached.home(paths.cache(), digest, told), origin)
 

@@ -152,6 +152,8 @@ def hold(folder: Path) -> int | None:
         A descriptor; None where no lock can be had, which is so where nothing can be removed either.
     """
     for _ in range(TRIES):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
         descriptor = _opened(folder / ".lock")
         if descriptor is None:
             return None
@@ -167,8 +169,6 @@ def hold(folder: Path) -> int | None:
             os.close(descriptor)
             return None
         os.close(descriptor)
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
     return None
 
 
@@ -399,7 +399,7 @@ def _short(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def tidy(folder: Path, *, many: int, dry: bool = False) -> tuple[list[Path], int]:
+def tidy(folder: Path, *, many: int, dry: bool = False) -> int:
     """Remove what a killed process left, and merge shards where there are more than `many`.
 
     Nothing is done while a process holds the folder. The merged shard is committed before those that it holds are
@@ -409,22 +409,18 @@ def tidy(folder: Path, *, many: int, dry: bool = False) -> tuple[list[Path], int
         dry: nothing is changed.
 
     Returns:
-        What was removed without its figures being merged, and how many shards were merged into one.
+        How many shards were merged into one.
     """
     with alone(folder) as free:
-        if not free:
-            return [], 0
-        leftovers = sorted(folder.glob(".*.tmp"))
         shards = list(folder.glob("*.figures"))
-        merging = 0
+        if not free:
+            return 0
         try:
-            if len(shards) > many:
-                merging = _merge(folder, shards, dry=dry)
-            for path in () if dry else leftovers:
+            for path in () if dry else folder.glob(".*.tmp"):
                 path.unlink()
+            return _merge(folder, shards, dry=dry) if len(shards) > many else 0
         except (OSError, Damaged):  # a full or read-only disk, or a shard that whoever opens it sets aside
-            return [], 0
-        return leftovers, merging
+            return 0
 
 
 def _merge(folder: Path, paths: Sequence[Path], *, dry: bool) -> int:

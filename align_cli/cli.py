@@ -16,15 +16,17 @@ USAGE = """align: language-model alignment experiments
 
   align train [key=value ...]        train; without arguments: NCA on the embedded world
   align train -m algo=nca,dpo ...    every combination, each a run of its own
+  align score [key=value ...]        measure the reference of the whole dataset and keep it; trains nothing
   align plan [key=value ...]         what a run would do: columns, steps, memory; loads nothing
   align data show [key=value ...]    a tokenised example, with what is trained on
   align ls [GROUP]                   algorithms, models, datasets, recipes, runs
   align show NAME                    a recipe, a group's YAML, or a run
   align cp NAME DEST                 copy a recipe or a YAML to make it your own
   align export RUN DEST              a run's model as a Hugging Face folder, adapters merged
+  align cache ls|verify|gc           what is kept on disk; recompute a sample of it; remove what is not used
   align doctor                       versions, devices, what works here
 
-options of train, plan and data show:
+options of train, score, plan and data show:
   -m, --multirun       run every combination of comma-separated values (train)
   --config-dir DIR     more choices of your own: DIR/algo/mine.yaml
   --plugin PACKAGE     parts of your own: PACKAGE/losses/mine.py, and PACKAGE/conf as a --config-dir
@@ -57,7 +59,7 @@ def dispatch(argv: list[str]) -> int:
     name = argv[0]
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command.{did_you_mean(name, list(COMMANDS))} See align --help.")
-    if name in ("train", "plan", "data") and {"-h", "--help"} & set(argv[1:]):
+    if name in ("train", "score", "plan", "data") and {"-h", "--help"} & set(argv[1:]):
         terminal.result(USAGE.rstrip())
         return exits.DONE
     terminal.quiet_libraries()

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +20,12 @@ from typing import Any
 
 import torch
 
-from align_cli import config, distributed, exits, experiment, rundir, terminal, worker
+from align_cli import cache, config, distributed, exits, experiment, paths, rundir, terminal, worker
 from align_cli.checkpoints import committed
 from align_cli.config import Tree
 from align_cli.errors import UserError
 from align_cli.experiment import Experiment
-from align_cli.run import Prepared, prepare, run
+from align_cli.run import Prepared, prepare, run, score
 
 # What may differ between a run and its resumption: it does not change what is computed.
 FREE = ("resume", "track", "checkpoint", "run.dir", "launch.name")
@@ -50,16 +51,12 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     problems = [] if checked.launch.name == "prepare" else experiment.needs_gpu(checked)
     if problems:
         raise UserError("\n".join(problems))
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        raise UserError(
-            "align train starts its ranks itself; under torchrun or srun, prepare the run with launch=prepare and "
-            "start `python -m align_cli.worker RUN`."
-        )
+    refuse_foreign_ranks("train")
     run_dir = Path(checked.run.dir)
     device = distributed.local_device(checked.launch.accelerator)
     claimable(run_dir)
     made = not run_dir.exists()
-    with exits.terminable(), rundir.lock(run_dir) as held:
+    with exits.terminable(), cache.in_use(paths.cache()), rundir.lock(run_dir) as held:
         new = not (run_dir / rundir.CONFIG).is_file()
         try:
             if finished(checked, run_dir):
@@ -83,6 +80,53 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     if code == exits.DONE:
         conclude(run_dir)
     return code
+
+
+def refuse_foreign_ranks(command: str) -> None:
+    """Refuse to start ranks where torchrun or srun has started this process as one."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        raise UserError(
+            f"align {command} starts its ranks itself; under torchrun or srun, prepare the run with launch=prepare and "
+            "start `python -m align_cli.worker RUN`."
+        )
+
+
+def fill(tree: Tree) -> int:
+    """Measure the reference of everything that the data holds, on as many ranks as a run would have.
+
+    Args:
+        tree: composed and resolved; its run directory is not touched.
+
+    Returns:
+        An exit code.
+
+    Raises:
+        UserError: before anything is loaded; also where a run would not look into the cache.
+    """
+    checked = experiment.read(experiment.placed(tree, "unused"))
+    problems = experiment.needs_gpu(checked)
+    if checked.reference.name != "cached":
+        problems.append(f"reference={checked.reference.name}: nothing is kept; align score fills reference=cached.")
+    elif "reference" not in checked.made:
+        problems.append(f"algo={checked.algorithm} has no reference; one that has, such as algo=dpo, would be right.")
+    if checked.launch.name == "prepare":
+        problems.append("launch=prepare: align score starts its ranks itself; launch=local would be right.")
+    if problems:
+        raise UserError("\n".join(problems))
+    refuse_foreign_ranks("score")
+    with (
+        exits.terminable(),
+        cache.in_use(paths.cache()),
+        tempfile.TemporaryDirectory(prefix="align-score-") as folder,
+        rundir.lock(Path(folder)) as held,
+    ):
+        prepared = prepare(checked)
+        ranks = experiment.devices(checked)
+        if ranks == 1:
+            return inline(prepared, None)
+        run = {**tree["run"], "dir": folder}
+        rundir.write_config(Path(folder), located({**tree, "run": run}))
+        return spawn(Path(folder), ranks, held, ("--score",))
 
 
 def located(tree: Tree) -> Tree:
@@ -144,23 +188,27 @@ def finished(checked: Experiment, run_dir: Path) -> bool:
     return False
 
 
-def inline(prepared: Prepared, run_dir: Path) -> int:
-    """Run in this process, alone."""
+def inline(prepared: Prepared, run_dir: Path | None) -> int:
+    """Run in this process, alone; without a run directory, score."""
     checked = prepared.experiment
     if checked.engine.stage is not None:
         distributed.join(distributed.local_device(checked.launch.accelerator))
     try:
-        run(prepared, run_dir)
+        if run_dir is None:
+            score(prepared)
+        else:
+            run(prepared, run_dir)
     finally:
         distributed.leave()
     return exits.DONE
 
 
-def spawn(run_dir: Path, ranks: int, held: int) -> int:
+def spawn(run_dir: Path, ranks: int, held: int, flags: Sequence[str] = ()) -> int:
     """Start a process for each rank on this machine and wait; rank 0 speaks, the others write into RUN/ranks/.
 
     Args:
         held: descriptor of the directory's lock, which the ranks keep while they live.
+        flags: of `align_cli.worker`.
 
     Returns:
         0 if all ranks ended well, else the first failing rank's code; the other ranks are then stopped.
@@ -179,7 +227,7 @@ def spawn(run_dir: Path, ranks: int, held: int) -> int:
         with open(logs / f"rank_{rank}.log", "wb") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "align_cli.worker", str(run_dir), *config.plugins()],
+                    [sys.executable, "-m", "align_cli.worker", str(run_dir), *flags, *config.plugins()],
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), worker.LOCKED: str(os.getpid())},
                     pass_fds=(held,),
                     stdout=None if rank == 0 else log,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from align_cli import config, distributed, evaluate, paths, rundir, terminal, world
+from align_cli import assembly, cache, config, distributed, evaluate, paths, rundir, terminal, world
 from align_cli.assembly import Prepared, build_engine, build_methods
 from align_cli.checkpoints import Checkpoint, Checkpoints
 from align_cli.data import toy
@@ -66,6 +66,7 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
         with terminal.counter() as progress:
             made = world.prepare(experiment.world, cache=paths.cache(), train_sft=_imitate, say=say, progress=progress)
         problems = made.held_out
+        cache.touch(made.model.parent)
         if experiment.model.path == "world":
             experiment = replace(experiment, model=replace(experiment.model, path=str(made.model)))
         if experiment.data.path == "world":
@@ -89,6 +90,7 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
         say=say,
         pairwise=experiment.pairwise,
     )
+    cache.touch(store.path.parent)
     _refuse_unfit(experiment, store, held_out)
     return Prepared(experiment, tokenizer, store, held_out, problems)
 
@@ -173,7 +175,7 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
         progress = Progress(**latest.state())
         _refuse_changes(latest, progress, inputs)
     _introduce(prepared, engine, run_dir, progress)
-    method, evaluation, cache = build_methods(prepared, engine, device, inputs["weights"])
+    method, evaluation, cached = build_methods(prepared, engine, device, inputs["weights"])
     with stop_signals() as stop:
         if latest is None:
             progress.before = _evaluate(prepared, engine, evaluation)[0]
@@ -193,13 +195,26 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
             )
             after, samples = _evaluate(prepared, engine, evaluation)
             _export(prepared, engine, run_dir / "model")
-            summary = _summary(progress, after, cache, device)
+            summary = _summary(progress, after, cached, device)
             if distributed.rank() == 0:
                 rundir.write_atomic(run_dir / "samples.json", samples)
                 rundir.write_summary(run_dir, summary)
                 tracker.close(summary)
     distributed.barrier()
     return summary
+
+
+def score(prepared: Prepared) -> None:
+    """Measure the reference of everything that the data holds and say so; every rank calls it."""
+    experiment = prepared.experiment
+    engine = build_engine(experiment, distributed.local_device(experiment.launch.accelerator))
+    cached = assembly.open_cache(experiment, engine, _inputs(prepared, engine)["weights"])
+    assembly.fill(cached, prepared, engine, everything=True)
+    if distributed.rank() == 0:
+        terminal.result(
+            f"reference of {cached.measured + cached.found:,} responses: {cached.measured:,} measured, "
+            f"{cached.found:,} found, {cached.seconds:.1f} s; in {cached.kept.folder}"
+        )
 
 
 def _inputs(prepared: Prepared, engine: Engine) -> dict[str, str]:
@@ -295,7 +310,7 @@ def _export(prepared: Prepared, engine: Engine, folder: Path) -> None:
 
 
 def _summary(
-    progress: Progress, after: dict[str, float], cache: Cached | None, device: torch.device
+    progress: Progress, after: dict[str, float], cached: Cached | None, device: torch.device
 ) -> dict[str, Scalar]:
     peak = max(distributed.gather(_peak_memory(device)))
     summary: dict[str, Scalar] = {
@@ -309,8 +324,8 @@ def _summary(
     summary |= {f"eval/before/{name}": value for name, value in progress.before.items()}
     summary |= {f"eval/after/{name}": value for name, value in after.items()}
     summary |= {name: value for name, value in after.items() if name.startswith("displacement/")}
-    if cache is not None:
-        summary |= cache.counters()
+    if cached is not None:
+        summary |= cached.counters()
     return summary
 
 

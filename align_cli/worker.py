@@ -1,6 +1,7 @@
 """What each rank runs: `python -m align_cli.worker RUN`, under torchrun, under srun, or started by `align train`.
 
-`--plugin PACKAGE` behind it names the packages of parts that `align train` was given.
+`--score` behind it fills the cache of the reference and does not train; `--plugin PACKAGE` names the packages of parts
+that `align train` was given.
 
 The resolved configuration in the run directory says everything; Hydra is not imported here.
 """
@@ -12,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align_cli import config, distributed, exits, rundir, terminal
+from align_cli import cache, config, distributed, exits, paths, rundir, terminal
 from align_cli.checkpoints import committed
 from align_cli.errors import UserError
 
@@ -26,21 +27,24 @@ def main(argv: list[str]) -> int:
     """Run one rank on a prepared run directory.
 
     Args:
-        argv: the run directory, and packages of parts, each behind `--plugin`.
+        argv: the run directory, `--score` to score alone, and packages of parts, each behind `--plugin`.
 
     Returns:
         The exit code (`align_cli.exits`).
     """
+    scores = argv[1:2] == ["--score"]
+    if scores:
+        argv = [argv[0], *argv[2:]]
     if len(argv) % 2 == 0 or any(flag != "--plugin" for flag in argv[1::2]):
         terminal.error(
-            "usage: python -m align_cli.worker RUN [--plugin PACKAGE], "
+            "usage: python -m align_cli.worker RUN [--score] [--plugin PACKAGE], "
             "a directory that align train launch=prepare has made"
         )
         return exits.USER
     terminal.quiet_libraries()
     if LOCKED in os.environ:
         distributed.die_with_parent(int(os.environ[LOCKED]))
-    return exits.guarded(lambda: work(Path(argv[0]), argv[2::2]))
+    return exits.guarded(lambda: work(Path(argv[0]), argv[2::2], scores=scores))
 
 
 def adopt_slurm() -> None:
@@ -60,19 +64,19 @@ def adopt_slurm() -> None:
     environment.setdefault("MASTER_PORT", "29500")
 
 
-def work(run_dir: Path, packages: Sequence[str]) -> int:
+def work(run_dir: Path, packages: Sequence[str], *, scores: bool) -> int:
     """Join the other ranks and run; rank 0 claims the directory where `align train` has not done so."""
     adopt_slurm()
     config.use(packages)
     rundir.read_config(run_dir)
     free = os.environ.get("RANK", "0") == "0" and LOCKED not in os.environ
-    with exits.terminable(), rundir.lock(run_dir) if free else nullcontext():
-        return _work(run_dir)
+    with exits.terminable(), cache.in_use(paths.cache()), rundir.lock(run_dir) if free else nullcontext():
+        return _work(run_dir, scores=scores)
 
 
-def _work(run_dir: Path) -> int:
+def _work(run_dir: Path, *, scores: bool) -> int:
     from align_cli import experiment
-    from align_cli.run import prepare, run
+    from align_cli.run import prepare, run, score
 
     if rundir.read_summary(run_dir) is not None:
         if os.environ.get("RANK", "0") == "0":
@@ -89,7 +93,11 @@ def _work(run_dir: Path) -> int:
         if LOCKED not in os.environ and distributed.rank() == 0:
             rundir.write_env(run_dir, device=device.type, ranks=distributed.world())
         # `align train` has prepared the run and said so.
-        run(prepare(plan, terminal.silent if LOCKED in os.environ else terminal.say), run_dir)
+        prepared = prepare(plan, terminal.silent if LOCKED in os.environ else terminal.say)
+        if scores:
+            score(prepared)
+        else:
+            run(prepared, run_dir)
     finally:
         distributed.leave()
     return exits.DONE

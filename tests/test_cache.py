@@ -115,7 +115,7 @@ def test_of_two_figures_with_one_name_the_older_holds_before_and_after_a_merge(t
         kept.refresh()
         assert kept.find(names(7))[0].tolist() == [1.0]
     del first, second, kept
-    assert cache.tidy(tmp_path, many=1)[1] == 2
+    assert cache.tidy(tmp_path, many=1) == 2
     assert len(shards(tmp_path)) == 1
     values, state = Folder(tmp_path, tidies=True).find(names(7, 2, 1, 8))
     assert values[:3].tolist() == [1.0, 2.0, 1.0] and state.tolist() == [FOUND] * 3 + [MISSING]
@@ -159,7 +159,7 @@ def test_a_merge_that_is_killed_before_it_removes_loses_nothing(tmp_path: Path) 
         with pytest.raises(KeyboardInterrupt):
             cache.tidy(tmp_path, many=1)
     assert len(shards(tmp_path)) == 4
-    assert cache.tidy(tmp_path, many=1)[1] == 4
+    assert cache.tidy(tmp_path, many=1) == 4
     assert Folder(tmp_path, tidies=True).find(names(0, 1, 2))[0].tolist() == [0, 1, 2]
     assert len(shards(tmp_path)) == 1
 

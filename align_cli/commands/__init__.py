@@ -5,6 +5,8 @@ COMMANDS = {
     "train": "train",
     "plan": "plan",
     "data": "data",
+    "score": "score",
+    "cache": "cache",
     "ls": "listing",
     "show": "listing",
     "cp": "listing",

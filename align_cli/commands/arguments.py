@@ -1,4 +1,4 @@
-"""The arguments that train, plan and data show share: Hydra overrides and a few flags."""
+"""The arguments that train, score, plan and data show share: Hydra overrides and a few flags."""
 
 import importlib.util
 from collections.abc import Sequence

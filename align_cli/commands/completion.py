@@ -35,11 +35,13 @@ def complete(line: str) -> list[str]:
     if len(before) <= 1:
         return [name for name in COMMANDS if name.startswith(word)]
     command = before[1]
+    if command == "cache":
+        return [name for name in ("ls", "verify", "gc") if len(before) == 2 and name.startswith(word)]
     groups = group_names()
     if command in ("show", "cp", "ls"):
         names = list(groups) if command == "ls" else [f"{g}/{o}" for g, options in groups.items() for o in options]
         return [name for name in names if name.startswith(word)]
-    if command not in ("train", "plan", "data"):
+    if command not in ("train", "score", "plan", "data"):
         return []
     group, equals, choice = word.partition("=")
     if equals:

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from align_cli import exits, experiment
+from align_cli import cache, exits, experiment, paths
 from align_cli.commands import arguments
 from align_cli.errors import UserError
 
@@ -22,10 +22,11 @@ def main(argv: list[str]) -> int:
     from align_cli.data.show import show
     from align_cli.run import prepare
 
-    prepared = prepare(checked)
-    if index >= len(prepared.train):
-        raise UserError(f"index={index}: the data has prompts 0 to {len(prepared.train) - 1}.")
-    show(prepared.train, prepared.tokenizer, index, Console())
+    with cache.in_use(paths.cache()):
+        prepared = prepare(checked)
+        if index >= len(prepared.train):
+            raise UserError(f"index={index}: the data has prompts 0 to {len(prepared.train) - 1}.")
+        show(prepared.train, prepared.tokenizer, index, Console())
     return exits.DONE
 
 

@@ -99,7 +99,8 @@ def _run_line(run: Path) -> list[str]:
     ]
 
 
-def _print_table(headings: list[str], rows: list[list[str]]) -> None:
+def print_table(headings: list[str], rows: list[list[str]]) -> None:
+    """Print rows under headings: fitted into a terminal, whole lines into a pipe."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -123,7 +124,7 @@ def ls(arguments: argparse.Namespace) -> int:
             where = " or ".join(arguments.folders or _RUN_FOLDERS)
             terminal.say(f"there are no runs under {where}; `align train` makes one")
             return 0
-        _print_table(["run", *_CHOSEN, *_FIGURES, "status"], rows)
+        print_table(["run", *_CHOSEN, *_FIGURES, "status"], rows)
         return 0
     entries = catalogue()
     groups = sorted({entry.partition("/")[0] for entry in entries if "/" in entry} | {RECIPES})
@@ -135,7 +136,7 @@ def ls(arguments: argparse.Namespace) -> int:
             ]
             for group in groups
         ]
-        _print_table(["group", "choices"], rows)
+        print_table(["group", "choices"], rows)
         terminal.say("`align ls GROUP` says what each is, `align show NAME` prints it, `align ls runs` lists runs")
         return 0
     wanted = next((group for group in groups if arguments.what in (group, f"{group}s", group.removesuffix("s"))), None)
@@ -147,7 +148,7 @@ def ls(arguments: argparse.Namespace) -> int:
     if not rows:
         terminal.say(f"there are no {wanted} yet")
         return 0
-    _print_table([wanted, "what it is"], rows)
+    print_table([wanted, "what it is"], rows)
     return 0
 
 
