@@ -1,0 +1,1 @@
+"""The benchmark of `scripts/bench`: align and TRL side by side, in alternating fresh processes."""

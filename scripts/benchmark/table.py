@@ -1,0 +1,84 @@
+"""The table, for the terminal and for the README."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+BEGIN = "<!-- bench: begin -->"
+END = "<!-- bench: end -->"
+
+
+def lines(data: Mapping[str, Any]) -> list[str]:
+    """Markdown: the rows with targets, then the figures of the cases with targets, then what it was run on."""
+    figures = data["figures"]
+    machine, versions = data["machine"], data["versions"]
+    told = [
+        "| model | against | lengths | K | groups/s ratio (min to max) | target | peak memory ratio | target | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in figures["targets"]:
+        memory = f"≤ {row['memory_target']}" if row["memory_target"] is not None else ""
+        goal = f"≥ {row['speed_target']:.3g}"
+        if row["token_ratio"] is not None:
+            goal += f" (90 % of {row['token_ratio']:.2f})"
+        told.append(
+            f"| {row['model']} | {row['against']}{' K-wise' * _expanded(row)} | {row['lengths']} | {row['responses']} "
+            f"| {_spread(row['speed'])} | {goal} | {row['memory']['median']:.2f} | {memory} "
+            f"| {'reached' if row['reached'] else 'not reached'} |"
+        )
+    told += [
+        "",
+        "| model, lengths | contender | groups/s | logical tokens/s | first step after | peak memory "
+        "| groups/s with the reference pass, 1 epoch | 3 epochs | share of the bf16 GEMM rate |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, contenders in figures["cases"].items():
+        if data["settings"]["cases"][name]["part"] != "target":
+            continue
+        for contender, found in contenders.items():
+            amortised = found.get("groups_per_second_with_reference", {})
+            share = found.get("share_of_gemm_rate", {}).get("bf16")
+            told.append(
+                f"| {name} | {contender} | {found['groups_per_second']['median']:.3g} "
+                f"| {found['logical_tokens_per_second']:,.0f} | {found['first_step_seconds']:.1f} s "
+                f"| {found['peak_gb']:.2f} GB | {_number(amortised.get('1 epoch'))} "
+                f"| {_number(amortised.get('3 epochs'))} | {'' if share is None else f'{share:.0%}'} |"
+            )
+    rounds = sorted({row["speed"]["rounds"] for row in figures["targets"]})
+    loaded = sum(run["disturbed"] and not run["void"] for run in data["runs"])
+    told += [
+        "",
+        f"Ratios are of neighbouring runs; medians over {' or '.join(map(str, rounds)) or 'no'} rounds. "
+        f"{machine['processor']}, {machine['cpus']} cores, {machine['memory_gb']:.0f} GB; "
+        f"threads {data['settings']['threads']}; torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"TRL {versions['trl']}; {data['started'][:10]}, revision {data['git'][:12]}.",
+    ]
+    if loaded:
+        told.append(f"{loaded} runs were taken while other processes were at work: these figures are of no use.")
+    return told
+
+
+def write_readme(readme: Path, data: Mapping[str, Any]) -> None:
+    """Put the table between the two marks.
+
+    Raises:
+        ValueError: the file has not one of each.
+    """
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme} has no {BEGIN} and {END}")
+    readme.write_text("\n".join([before + begin, "", *lines(data), "", end + after]), encoding="utf-8")
+
+
+def _expanded(row: Mapping[str, Any]) -> bool:
+    return row["against"].startswith("TRL") and row["responses"] != 2
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    return f"**{found['median']:.2f}** ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

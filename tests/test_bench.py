@@ -1,0 +1,406 @@
+"""The benchmark's own arithmetic: lengths, operations, ratios, the form of its JSON, the table and the picture.
+
+Nothing is timed and TRL does not run here.
+"""
+
+import copy
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmark import __main__ as bench
+from benchmark import contenders, flops, gate, groups, picture, plan, processes, results, shapes, table, tokens
+from benchmark.lengths import TABLES, Lengths, Table, draw, fixed
+from benchmark.plan import ALIGN, SHIPPED, TUNED, UNSHARED, Case
+from benchmark.processes import Ended
+from benchmark.shapes import SHAPES, Shape
+
+SMALL = Shape("tiny", 8, 2, 2, 1, 12, 40, "a test")
+
+
+@pytest.mark.parametrize("responses", [2, 4])
+@pytest.mark.parametrize("name", TABLES)
+def test_lengths_have_the_stated_means_after_the_cut(name: str, responses: int) -> None:
+    kind = TABLES[name]
+    for count in (4, 8, 4096):
+        lengths = draw(kind, groups=count, responses=responses, seed=3)
+        assert lengths.prompts.mean() == pytest.approx(kind.prompt, abs=0.5)
+        assert lengths.responses.mean() == pytest.approx(kind.response, abs=0.5)
+        assert lengths.prompts.max() <= kind.prompt_cut
+        assert (lengths.prompts[:, None] + lengths.responses).max() <= kind.total_cut
+        assert min(lengths.prompts.min(), lengths.responses.min()) >= 2
+
+
+def test_lengths_depend_on_the_seed_alone() -> None:
+    kind = TABLES["UltraFeedback-like"]
+    one, same, other = (draw(kind, groups=6, responses=3, seed=seed) for seed in (0, 0, 1))
+    assert one.as_json() == same.as_json()
+    assert one.as_json() != other.as_json()
+    assert sorted(one.prompts) == sorted(other.prompts)  # the same quantiles in another order
+
+
+def test_a_cut_that_leaves_no_room_for_the_mean_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"prompts have a mean of 30\.0 tokens"):
+        draw(Table("short of room", 50, 10, 1.0, 1.0, 30, 100, ""), groups=8, responses=2, seed=0)
+
+
+def test_the_token_ratio_is_that_of_the_formula() -> None:
+    lengths = Lengths(np.array([10, 10]), np.array([[4, 6, 5], [5, 5, 5]]))
+    assert lengths.logical().tolist() == [45, 45]
+    assert lengths.unique().tolist() == [25, 25]
+    assert lengths.token_ratio() == 3 * (10 + 5) / (10 + 3 * 5)
+    assert lengths.means() == {"prompt": 10, "response": 5, "group": 45}
+
+
+def test_padding_is_the_longest_row_times_the_rows() -> None:
+    lengths = Lengths(np.array([2, 4]), np.array([[2, 4], [1, 1]]))
+    assert lengths.logical().sum() == 20
+    assert lengths.padding(1) == (2 * 6 + 2 * 5) / 20
+    assert lengths.padding(2) == 4 * 6 / 20
+    assert lengths.padding(8) == lengths.padding(2)
+
+
+def test_operations_are_those_of_the_formula() -> None:
+    lengths = Lengths(np.array([3]), np.array([[2, 1]]))
+    # per layer: q and o 8x8, k and v 4x8, three matrices of the feed-forward 8x12
+    weights = 2 * (2 * 64 + 2 * 32 + 3 * 96)
+    assert SMALL.matrix_weights == weights
+    pairs = 3 * 4 / 2 + (2 * 3 + 2 * 3 / 2) + (1 * 3 + 1)
+    expected = 6 * weights * 6 + 12 * 2 * 8 * pairs + 6 * 40 * 8 * 3
+    assert flops.group_flops(SMALL, lengths).tolist() == [expected]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_counts_the_weights_of_its_model(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = SHAPES[name]
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    assert sum(weight.numel() for weight in model.parameters()) == shape.weights
+    linear = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    assert sum(module.weight.numel() for module in linear) == shape.matrix_weights
+    counted = [(rows, columns) for rows, columns, times in flops.matrices(shape).values() for _ in range(times)]
+    head = (shape.vocabulary, shape.hidden)
+    assert sorted(counted) == sorted([tuple(module.weight.shape) for module in linear] + [head])
+
+
+def test_the_weighted_rate_is_work_over_time() -> None:
+    rates = dict.fromkeys(flops.matrices(SMALL), 7.0)
+    assert flops.weighted_rate(rates, SMALL, response_share=0.5) == pytest.approx(7.0)
+    slow = rates | {"head": 3.5}
+    head, rest = 40 * 8 * 0.5, SMALL.matrix_weights
+    assert flops.weighted_rate(slow, SMALL, response_share=0.5) == pytest.approx(
+        (head + rest) / (head / 3.5 + rest / 7)
+    )
+
+
+def case(**changed: Any) -> Case:
+    settings: dict[str, Any] = {
+        "part": "target",
+        "shape": SHAPES["tiny"],
+        "table": fixed(9, 7),
+        "responses": 2,
+        "groups": 3,
+        "timed": 2,
+        "contenders": (ALIGN, TUNED),
+        "repeats": 2,
+    }
+    return Case(**(settings | changed))
+
+
+def test_a_trainer_that_reads_in_its_order_meets_the_groups_in_ours() -> None:
+    written = groups.fill(bench.lengths_of(case()), vocabulary=100, seed=0)
+    order = bench.epoch_order(len(written))
+    rows = groups.placed(written, order)
+    assert [id(rows[place]) for place in order] == [id(group) for group in written]
+
+
+@pytest.mark.parametrize("responses", [1, 2, 4])
+def test_align_reads_the_token_ids_that_were_written(responses: int, tmp_path: Path) -> None:
+    shape = SHAPES["tiny"]
+    one = case(responses=responses)
+    written = groups.fill(bench.lengths_of(one), vocabulary=shape.vocabulary, seed=0)
+    rows = groups.write_rows(groups.placed(written, bench.epoch_order(one.rows)), tmp_path / "rows.jsonl")
+    model = shapes.write_model(shape, tmp_path / "model", seed=0)
+    command = contenders.align_command(one, ALIGN, model=model, rows=rows, run_dir=tmp_path / "run", more=())
+    assert tokens.digest(command[2:], cache=tmp_path / "cache", steps=one.steps) == groups.digest_of(written)
+
+
+def test_a_changed_setting_takes_the_place_of_the_first() -> None:
+    more = ("engine.precision=fp32", "algo.beta=1.0")
+    command = contenders.align_command(case(), UNSHARED, model=Path("m"), rows=Path("r"), run_dir=Path("d"), more=more)
+    assert "engine.precision=bf16" not in command
+    assert [word for word in command if word.startswith(("engine.", "algo.beta", "model.rows"))] == [
+        "algo.beta=1.0",
+        "engine.precision=fp32",
+        "model.rows=packed",
+    ]
+
+
+def test_the_two_draws_of_a_case_have_the_means_each() -> None:
+    one = case(table=TABLES["UltraFeedback-like"], groups=4, timed=2)
+    lengths = bench.lengths_of(one)
+    assert len(lengths.prompts) == one.rows == 12
+    for part in (lengths[:4], lengths[4:]):
+        assert part.means()["prompt"] == pytest.approx(185, abs=0.5)
+
+
+def test_every_plan_has_names_of_its_own_and_ways_to_run_them() -> None:
+    for cases in (plan.full(5), plan.quick(2), plan.smoke(1)):
+        names = [one.name for one in cases]
+        assert len(set(names)) == len(names)
+        known = {SHIPPED, TUNED, *plan.OVERRIDES}
+        assert {contender for one in cases for contender in one.contenders} <= known
+        assert all(one.groups % min(8, one.groups) == 0 for one in cases)
+    compared = {(c.table.name, c.responses, other) for c in plan.full(5) for other in c.contenders}
+    assert {(t.table, t.responses, t.against) for t in plan.TARGETS} <= compared
+    assert {c.x for c in plan.full(5) if c.part == "K"} == set(range(1, 9))
+    assert [c.rows for c in plan.full(5) if c.part == "dataset"] == [1024, 4096, 16384, 65536]
+
+
+def test_steps_are_read_off_the_lines_of_either_side() -> None:
+    lines = [
+        (0.5, "12 optimizer steps of 4 prompts (136 tokens), 12 prompts in all"),
+        (1.0, "step 1/3  loss 0.6931  8,299 tokens/s"),
+        (2.5, " 67%|######7   | 2/3 [00:00<00:00, 16.60it/s]step 2/3"),
+        (4.0, "step 3/3"),
+    ]
+    ended = Ended(code=0, lines=lines, seconds=5.0, peak_bytes=7, load=0.0, others=0.0)
+    assert contenders.step_ends(ended, 3) == [1.0, 2.5, 4.0]
+    record = contenders.record_of(case(timed=2), ended, {"threads": 2})
+    assert (record["first_step"], record["step_seconds"]) == (1.0, [1.5, 1.5])
+    cut = replace(ended, lines=lines[:-1])
+    with pytest.raises(ValueError, match="2 of 3 steps"):
+        contenders.step_ends(cut, 3)
+
+
+def test_a_process_is_watched_from_outside(tmp_path: Path) -> None:
+    script = "import time; print('a', flush=True); time.sleep(0.3); x = bytearray(200 << 20); print('b'); exit(3)"
+    ended = processes.run(["python3", "-c", script], environment={"PATH": "/usr/bin:/bin"}, folder=tmp_path, limit=30)
+    assert (ended.code, [line for _, line in ended.lines]) == (3, ["a", "b"])
+    (one, _), (other, _) = ended.lines
+    assert other - one > 0.25
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    assert 200 << 20 < ended.peak_bytes < own + (300 << 20)
+    assert 0 <= ended.others <= 1
+
+
+def test_a_process_that_takes_too_long_is_killed(tmp_path: Path) -> None:
+    ended = processes.run(["sleep", "60"], environment={"PATH": "/usr/bin:/bin"}, folder=tmp_path, limit=0.3)
+    assert ended.code == -9
+    assert ended.seconds < 10
+
+
+def run(contender: str, number: int, steps: list[float], *, peak: float = 1.0, **more: Any) -> dict[str, Any]:
+    record = {
+        "case": case().name,
+        "contender": contender,
+        "round": number,
+        "attempt": 0,
+        "void": False,
+        "disturbed": False,
+        "code": 0,
+        "seconds": 9.0,
+        "load": 0.1,
+        "others": 0.01,
+        "peak_bytes": peak * 1e9,
+        "first_step": 4.0,
+        "step_seconds": steps,
+        "reference_seconds": 1.8,
+    }
+    return record | more
+
+
+def benchmark_of(*runs: dict[str, Any], cases: tuple[Case, ...] = (case(),)) -> dict[str, Any]:
+    """What a benchmark of these runs would have written."""
+    data: dict[str, Any] = {
+        "format": results.FORMAT,
+        "name": "test",
+        "git": "0" * 40,
+        "tree": "1" * 16,
+        "started": "2026-01-02T03:04:05+0000",
+        "finished": None,
+        "machine": {"processor": "a processor", "cpus": 2, "memory_gb": 24.0},
+        "versions": {"torch": "2", "transformers": "5", "trl": "1"},
+        "settings": {
+            "threads": 2,
+            "cases": {one.name: results.case_settings(one, bench.lengths_of(one)) for one in cases},
+        },
+        "gate": {},
+        "gemm": {"weighted": {"tiny": {"bf16": 1e9}}},
+        "sweeps": {},
+        "runs": list(runs),
+        "figures": {},
+    }
+    data["figures"] = results.figures(data)
+    return data
+
+
+def test_ratios_are_of_neighbours_and_medians_are_of_rounds() -> None:
+    data = benchmark_of(
+        run(ALIGN, 0, [1.0, 3.0], peak=1.0),
+        run(TUNED, 0, [8.0, 8.0], peak=4.0),
+        run(TUNED, 1, [30.0, 30.0], peak=2.0),
+        run(ALIGN, 1, [3.0, 3.0], peak=1.0),
+        run(ALIGN, 2, [5.0, 5.0]),  # without a neighbour
+        run(TUNED, 2, [1.0, 1.0], void=True),
+    )
+    told = results.ratios(data, case().name, TUNED)
+    assert told is not None
+    # round 0: 3 groups in the median of 1 and 3 seconds against 8; round 1: 3 seconds against 30
+    assert told["speed"] == {"median": 7.0, "min": 4.0, "max": 10.0, "rounds": 2}
+    assert told["memory"] == {"median": 0.375, "min": 0.25, "max": 0.5, "rounds": 2}
+    found = data["figures"]["cases"][case().name][ALIGN]
+    assert found["groups_per_second"] == {"median": 1.0, "min": 0.6, "max": 1.5, "rounds": 3}
+    # 1.8 seconds for 9 groups: 0.2 each, beside a second each in training
+    assert found["groups_per_second_with_reference"]["1 epoch"] == pytest.approx(1 / 1.2)
+    assert found["groups_per_second_with_reference"]["3 epochs"] == pytest.approx(1 / (1 + 0.2 / 3))
+    work = data["settings"]["cases"][case().name]["flops_per_group"]
+    assert found["share_of_gemm_rate"]["bf16"] == pytest.approx(work / 1e9)
+
+
+def test_warm_steps_are_thrown_away() -> None:
+    one = case(warm=2, timed=2)
+    settings = results.case_settings(one, bench.lengths_of(one))
+    # of four steps three differences are known; the first of them is the second warm step
+    assert results.timed({"step_seconds": [9.0, 1.0, 2.0]}, settings) == [1.0, 2.0]
+
+
+def test_a_target_is_reached_by_speed_and_memory_together() -> None:
+    lengths = TABLES["UltraFeedback-like"]
+    one = case(table=lengths, contenders=(ALIGN, TUNED, UNSHARED))
+
+    def reached(speed: float, memory: float) -> dict[str, bool]:
+        runs = (
+            run(ALIGN, 0, [1.0, 1.0], peak=memory, case=one.name),
+            run(TUNED, 0, [speed, speed], case=one.name),
+            run(UNSHARED, 0, [speed, speed], case=one.name),
+        )
+        return {row["against"]: row["reached"] for row in benchmark_of(*runs, cases=(one,))["figures"]["targets"]}
+
+    assert reached(6.1, 0.4) == {TUNED: True, UNSHARED: True}
+    assert reached(5.9, 0.4) == {TUNED: False, UNSHARED: True}
+    assert reached(6.1, 0.6) == {TUNED: False, UNSHARED: True}
+    ratio = bench.lengths_of(one)[one.groups :].token_ratio()
+    assert reached(0.91 * ratio, 0.4)[UNSHARED]
+    assert not reached(0.89 * ratio, 0.4)[UNSHARED]
+
+
+def test_the_slope_of_a_linear_cost_is_one() -> None:
+    assert results.slope([(2.0, 10.0), (4.0, 20.0), (16.0, 80.0)]) == pytest.approx(1.0)
+    assert results.slope([(2.0, 4.0), (4.0, 16.0), (8.0, 64.0)]) == pytest.approx(2.0)
+
+
+def test_the_form_of_the_json_is_checked() -> None:
+    data = benchmark_of(run(ALIGN, 0, [1.0, 1.0]), run(TUNED, 0, [5.0, 6.0]))
+    assert results.check(json.loads(json.dumps(data))) == []
+    assert set(data) == set(results.SECTIONS)
+    less = {name: value for name, value in data.items() if name != "gate"}
+    assert results.check(less) == ["gate is missing"]
+    assert results.check(data | {"format": 0}) == ["format 0, this is 1"]
+    broken = copy.deepcopy(data)
+    del broken["runs"][0]["peak_bytes"]
+    broken["runs"][1] |= {"step_seconds": [], "case": "no such"}
+    assert results.check(broken) == [
+        "runs[0] has no peak_bytes",
+        "runs[1] has no step times",
+        "runs[1] is of a case that settings.cases does not name",
+    ]
+
+
+def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+    data = benchmark_of(run(ALIGN, 0, [1.0, 1.0]))
+    results.write(tmp_path / "test.json", data)
+    assert results.read(tmp_path / "test.json") == json.loads(json.dumps(data))
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="format is missing"):
+        results.read(tmp_path / "other.json")
+
+
+def test_the_gate_asks_for_losses_that_move_and_agree_and_for_one_direction() -> None:
+    fine = gate.judge([0.6931, 0.70, 0.68], [0.6931, 0.70004, 0.68], 0.999999)
+    assert fine["passed"]
+    assert fine["largest_difference"] == pytest.approx(4e-5)
+    assert not gate.judge([0.6931, 0.70, 0.68], [0.6931, 0.7002, 0.68], 0.999999)["passed"]
+    assert not gate.judge([0.6931, 0.70, 0.68], [0.6931, 0.70, 0.68], 0.99998)["passed"]
+    assert not gate.judge([0.6931, 0.6931, 0.6931], [0.6931, 0.6931, 0.6931], 1.0)["passed"]
+    assert not gate.judge([0.6931, float("nan"), 0.6], [0.6931, 0.7, 0.6], 1.0)["passed"]
+
+
+def test_the_cosine_is_over_all_weights_at_once() -> None:
+    one = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
+    other = {"a": torch.tensor([0.3, 0.0]), "b": torch.tensor([[0.4]])}
+    assert gate.cosine_of(one, other) == pytest.approx(1.0)
+    assert gate.cosine_of(one, other | {"b": torch.tensor([[-0.4]])}) == pytest.approx((9 - 16) / 25)
+    with pytest.raises(gate.Disagreement, match="different weights"):
+        gate.cosine_of(one, {"a": one["a"]})
+
+
+def test_the_readme_gets_the_table_between_its_marks(tmp_path: Path) -> None:
+    one = case(table=TABLES["UltraFeedback-like"])
+    data = benchmark_of(
+        run(ALIGN, 0, [1.0, 1.0], case=one.name), run(TUNED, 0, [5.0, 6.0], case=one.name), cases=(one,)
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n")
+    table.write_readme(readme, data)
+    table.write_readme(readme, data)  # twice is once
+    told = readme.read_text()
+    assert told.startswith(f"before\n\n{table.BEGIN}\n") and told.endswith(f"{table.END}\n\nafter\n")
+    assert "old" not in told
+    assert told.count("| tiny | TRL tuned | UltraFeedback-like | 2 | **5.50** (5.50 to 5.50) | ≥ 6 |") == 1
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="has no"):
+        table.write_readme(readme, data)
+
+
+def test_a_disturbed_run_that_was_kept_is_said_under_the_table() -> None:
+    data = benchmark_of(run(ALIGN, 0, [1.0, 1.0], disturbed=True))
+    assert "1 runs were taken while other processes were at work" in "\n".join(table.lines(data))
+
+
+def test_the_project_readme_has_a_place_for_the_table() -> None:
+    told = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert told.count(table.BEGIN) == told.count(table.END) == 1
+    assert told.index(table.BEGIN) < told.index(table.END)
+
+
+def test_committed_results_are_whole_and_their_figures_follow_from_their_runs() -> None:
+    for path in bench.RESULTS.glob("*.json"):
+        data = results.read(path)
+        assert json.loads(json.dumps(results.figures(data))) == data["figures"], path
+
+
+def test_the_picture_is_drawn_from_the_json_alone(tmp_path: Path) -> None:
+    uf = TABLES["UltraFeedback-like"]
+    target = case(table=uf, contenders=(ALIGN, TUNED))
+    ablated = case(table=uf, part="ablations", contenders=(ALIGN, "align without cache"))
+    points = [case(table=uf, part="K", responses=k, x=k, contenders=(ALIGN,)) for k in (2, 3)]
+    sizes = [case(part="dataset", timed=timed, x=timed, contenders=(ALIGN,)) for timed in (2, 5)]
+    runs = [
+        run(contender, 0, [1.0] * one.timed, case=one.name)
+        for one in (target, ablated, *points, *sizes)
+        for contender in one.contenders
+    ]
+    data = json.loads(json.dumps(benchmark_of(*runs, cases=(target, ablated, *points, *sizes))))
+    picture.draw(data, tmp_path / "one.svg")
+    drawn = (tmp_path / "one.svg").read_text()
+    for words in ("TRL tuned", "without cache", "Responses of a prompt", "not measured", "tokens in the dataset"):
+        assert words in drawn, words
+    picture.draw(data, tmp_path / "two.svg")
+    assert (tmp_path / "two.svg").read_text() == drawn
