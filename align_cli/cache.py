@@ -285,7 +285,7 @@ class Folder:
         """The figure of each name, and whether it is there: MISSING, FOUND or OWN."""
         values = np.zeros(len(names), dtype=np.float32)
         state = np.zeros(len(names), dtype=np.int8)
-        left = np.arange(len(names))
+        left = np.argsort(names)  # a search for ascending names is several times faster
         memory = {} if self.memory is None else {"": self.memory}
         for file, shard in (self.shards | memory).items():
             if not left.size:

@@ -37,12 +37,12 @@ PERIOD = 30.0  # seconds between two writes; a killed run measures again what it
 
 def content(group: Group) -> list[bytes]:
     """A 128-bit name for each response in the context of its prompt, from their token ids alone."""
-    prompt = np.ascontiguousarray(group.prompt, dtype=np.int32).tobytes()
-    head = hashlib.blake2b(struct.pack("<q", len(group.prompt)) + prompt, digest_size=16)
+    head = hashlib.blake2b(struct.pack("<q", len(group.prompt)), digest_size=16)
+    head.update(np.ascontiguousarray(group.prompt, dtype=np.int32).data)
     names: list[bytes] = []
     for response in group.responses:
         name = head.copy()
-        name.update(np.ascontiguousarray(response, dtype=np.int32).tobytes())
+        name.update(np.ascontiguousarray(response, dtype=np.int32).data)
         names.append(name.digest())
     return names
 
@@ -141,8 +141,10 @@ class Cached:
 
     def fill_store(self, engine: Engine, store: Store, indices: NDArray[np.int64], *, budget: int, say: Say) -> None:
         """`fill` with some groups of a store, each given once; not even looked up where all are known to be there."""
+        begun = time.perf_counter()
         if all(distributed.gather(self.kept.covers(store.digest))):
             self.found += int(store.responses[indices].sum())
+            self.seconds += time.perf_counter() - begun
             return
         self.fill(engine, (store[index] for index in indices.tolist()), budget=budget, say=say)
         if len(indices) == len(store) and self.writes:
@@ -193,7 +195,7 @@ class Cached:
         places: list[NDArray[np.int64]] = []
         figures: list[NDArray[np.float32]] = []
         for part in parts[distributed.rank()]:
-            batch = flatten([groups[index] for index in part.groups]).to(engine.device)
+            batch = flatten([groups[index] for index in part.groups], counted=part.counted).to(engine.device)
             policy = engine.measure(batch)["policy"].float().cpu().numpy()
             if part.counted:
                 places += [first[index] + np.arange(responses[index]) for index in part.groups]

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import weakref
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from small_runs import align, overrides, summary
 from torch.testing import assert_close
 
-from align_cli import cache, exits, references, sweep
+from align_cli import cache, distributed, exits, references, sweep
 from align_cli.cache import FOUND, MISSING, Folder, Shard, names_of
 from align_cli.data.batches import MicroBatch, flatten
 from align_cli.data.store import Group
@@ -297,12 +298,14 @@ class Counting(Engine):
         self.after = after
         self.calls = 0
         self.responses = 0
+        self.uncounted = 0
 
     def measure(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         if self.after is not None and self.responses >= self.after:
             raise KeyboardInterrupt
         self.calls += 1
         self.responses += batch.lengths.numel()
+        self.uncounted += 0 if batch.counted else batch.lengths.numel()
         return self.inner.measure(batch)
 
     def module(self) -> torch.nn.Module:
@@ -382,6 +385,89 @@ def test_memory_does_not_grow_with_the_number_of_groups(
     cached.fill(Zero(engine), stream(), budget=4000, say=silent)
     assert cached.measured == 3000
     assert max(most) <= 500
+
+
+# --- ranks
+
+
+def shared_folder(rank: int, engine: TorchEngine, tmp_path: Path) -> None:
+    """Both ranks see one folder, in which a shard is damaged: each measures its part of what is missing, once."""
+    groups, counting = some_groups(41), Counting(engine)
+    cached = Cached(tmp_path / "shared")
+    cached.fill(counting, groups, budget=100, say=silent)
+    assert cached.measured == sum(distributed.gather(counting.responses)) - fillers(counting) == 3 * 36
+    assert cached.found == 3 * 5 and len(shards(tmp_path / "shared")) == 2
+    assert set(distributed.gather(cached.of(groups).sum().item())) == {cached.of(groups).sum().item()}
+    again = Counting(engine)
+    cached = Cached(tmp_path / "shared")
+    cached.fill(again, groups, budget=100, say=silent)
+    assert (cached.measured, cached.found, again.calls) == (0, 3 * 41, 0)
+
+
+def fillers(counting: Counting) -> int:
+    """Responses of parts that only kept step with the other rank."""
+    return sum(distributed.gather(counting.uncounted))
+
+
+def folders_apart(rank: int, engine: TorchEngine, tmp_path: Path) -> None:
+    """Each rank has a disk of its own, as on two machines; what one has found the other need not measure."""
+    groups = some_groups(20)
+    cached = Cached(tmp_path / f"of-{rank}")  # rank 1 knows the first 5 groups, and rank 0 none
+    cached.fill(engine, groups, budget=100, say=silent)
+    assert cached.measured == 3 * 15
+    assert len(set(distributed.gather(cached.of(groups).sum().item()))) == 1
+    del cached
+    alone = Folder(tmp_path / f"of-{rank}", tidies=True)
+    told = [name for group in groups for name in references.content(group)]
+    assert (alone.find(names_of(told))[1] != MISSING).sum() == 3 * (20 if rank else 15)
+
+
+def one_disk_is_full(rank: int, engine: TorchEngine, tmp_path: Path) -> None:
+    groups = some_groups(20)
+    cached = Cached(tmp_path / "full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache.os, "fsync", full_disk(errno.ENOSPC))
+        cached.fill(engine, groups, budget=100, say=silent)
+    assert cached.measured == 3 * 20 and torch.isfinite(cached.of(groups)).all()
+
+
+def as_rank(model: str, tmp_path: str) -> None:
+    """What each of two processes does."""
+    section = Model(name="hf", path=model, revision=None, rows="auto", architecture=None)
+    network = load_model(section, dtype=torch.float32, bits=None)
+    distributed.join(CPU)
+    for scenario in (shared_folder, folders_apart, one_disk_is_full):
+        os.environ["LOCAL_RANK"] = "0" if scenario is folders_apart else os.environ["RANK"]
+        inner = TorchEngine(network, CPU, flat=True, optimizer=OPTIMIZER)
+        scenario(distributed.rank(), inner, Path(tmp_path))
+        distributed.barrier()
+    distributed.leave()
+
+
+def test_two_ranks_share_the_work_and_the_figures(engine: TorchEngine, tiny_model: Path, tmp_path: Path) -> None:
+    Cached(tmp_path / "of-1").fill(engine, some_groups(5), budget=100, say=silent)
+    before = Cached(tmp_path / "shared")
+    before.fill(engine, some_groups(5), budget=100, say=silent)
+    damaged = tmp_path / "shared" / f"{'0' * 32}.figures"
+    damaged.write_bytes(bytes(40))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_cache; test_cache.as_rank(*sys.argv[2:])"
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tiny_model), str(tmp_path)]
+    meeting = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(command, env={**meeting, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=180)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(told)
+    assert [text.count("is damaged") for text in told] == [1, 0]
+    assert [text.count("cannot be written: No space left") for text in told] == [1, 0]
+    assert [text.count("warning:") for text in told] == [2, 0]
+    together, alone = Cached(tmp_path / "shared"), Cached(tmp_path / "alone")
+    alone.fill(engine, some_groups(41), budget=1000, say=silent)
+    assert_close(together.of(some_groups(41)), alone.of(some_groups(41)), rtol=0, atol=1e-5)
 
 
 # --- runs
