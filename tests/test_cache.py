@@ -7,10 +7,12 @@ import errno
 import itertools
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -263,25 +265,20 @@ def test_a_run_goes_on_with_one_warning_when_figures_cannot_be_written(
 
 
 def test_a_disk_that_fills_while_a_run_measures_costs_a_warning_and_no_figure(
-    tiny_model: Path, ragged_file: Path, tmp_path: Path
+    engine: TorchEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The kernel refuses to let files grow beyond 600 bytes: 30 figures; a shard of a whole run has more."""
-    program = (
-        "import sys, resource, torch\n"
-        "from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_cache as t\n"
-        "engine = t.engine.__wrapped__(Path(sys.argv[2]))\n"
-        "cached = t.Cached(Path(sys.argv[3]))\n"
-        "small, more = t.some_groups(4), t.some_groups(60)\n"
-        "cached.fill(engine, small, budget=500, say=t.silent)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))\n"
-        "cached.fill(engine, more, budget=500, say=t.silent)\n"
-        "assert cached.measured == 180 and torch.isfinite(cached.of(more)).all()\n"
-    )
-    tests = str(Path(__file__).parent)
-    command = [sys.executable, "-c", program, tests, str(tiny_model), str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("warning:") == 1 and os.strerror(errno.EFBIG) in ended.stderr
+    """The kernel refuses to let files grow beyond 600 bytes, 30 figures; the second shard has more."""
+    cached = Cached(tmp_path)
+    cached.fill(engine, some_groups(4), budget=500, say=silent)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+    try:
+        cached.fill(engine, some_groups(60), budget=500, say=silent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = capsys.readouterr().err
+    assert told.count("warning:") == 1 and os.strerror(errno.EFBIG) in told
+    assert cached.measured == 180 and torch.isfinite(cached.of(some_groups(60))).all()
     assert [path.stat().st_size for path in shards(tmp_path)] == [12 * 20]
     assert not list(tmp_path.glob(".*.tmp"))
 
@@ -630,3 +627,225 @@ def test_a_sweep_over_beta_and_rate_measures_each_response_once(
     assert sorted(s["reference/measured"] for s in told) == [0] * 8 + [everything]
     assert sorted(s["reference/found"] for s in told) == [0] + [everything] * 8
     assert all(s["reference/seconds"] >= 0 for s in told)
+
+
+# --- align score
+
+
+def test_after_score_no_run_measures_whatever_it_trains_on(
+    tiny_model: Path, ragged_file: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = overrides(tiny_model, ragged_file, tmp_path / "scored", "train.steps=1", "eval.groups=2")
+    everything = responses(ragged_file)
+    for measured, found in ((everything, 0), (0, everything)):
+        assert align("score", *given) == exits.DONE
+        told = capsys.readouterr().out
+        assert f"reference of {everything} responses: {measured} measured, {found} found, " in told
+    assert not (tmp_path / "scored").exists() and list(home.glob("references/*/*.figures"))
+    runs = Runs(tiny_model, ragged_file, tmp_path)
+    assert runs.train() == runs.train("train.steps=11", "algo.beta=0.7") == (0, everything)
+    assert runs.train("data.responses=2", "algo=dpo")[0] == 0
+
+
+def test_score_on_two_ranks_serves_a_run_on_one(
+    tiny_model: Path, ragged_file: Path, home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = overrides(tiny_model, ragged_file, tmp_path / "scored", "engine=zero0", "launch.devices=2")
+    assert align("score", *given) == exits.DONE
+    assert f"{responses(ragged_file)} measured, 0 found" in capfd.readouterr().out
+    assert not (tmp_path / "scored").exists()
+    assert Runs(tiny_model, ragged_file, tmp_path).train() == (0, responses(ragged_file))
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (["reference=frozen"], "align score fills reference=cached"),
+        (["algo=sft", "data.responses=1"], "algo=sft has no reference"),
+        (["launch=prepare"], "launch=local would be right"),
+        (["-m"], "only align train takes it"),
+    ],
+)
+def test_score_refuses_what_no_run_would_look_up(
+    change: list[str],
+    word: str,
+    tiny_model: Path,
+    ragged_file: Path,
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert align("score", *overrides(tiny_model, ragged_file, tmp_path / "none", *change)) == exits.USER
+    assert word in capsys.readouterr().err
+    assert not home.exists()
+
+
+# --- align cache
+
+
+@pytest.fixture
+def scored(tiny_model: Path, ragged_file: Path, home: Path, tmp_path: Path) -> Path:
+    """The folder of references of a scored dataset, with two shards."""
+    assert align("score", *overrides(tiny_model, ragged_file, tmp_path / "none")) == exits.DONE
+    (folder,) = (home / "references").iterdir()
+    return folder
+
+
+def test_cache_ls_says_what_is_kept_and_where_it_came_from(
+    scored: Path, tiny_model: Path, ragged_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert align("cache", "ls") == exits.DONE
+    _, reference, data = capsys.readouterr().out.splitlines()
+    for word in ("reference", scored.name[:12], str(tiny_model), "float32", f"{responses(ragged_file)} responses"):
+        assert word in reference
+    assert data.startswith("data ") and "20 to train on, 6 held out" in data
+
+
+def test_cache_verify_measures_a_sample_again_and_finds_it_equal(
+    scored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for named in ([], [str(scored)], [scored.name[:8]]):
+        assert align("cache", "verify", *named, "--sample", "5") == exits.DONE
+        told = capsys.readouterr().out
+        assert "2 shards are whole" in told and "5 of 86 kept responses measured again" in told
+        assert "within the rounding of float32" in told
+    assert align("cache", "verify", "ffffffffffff") == exits.USER
+
+
+def test_cache_verify_fails_where_figures_are_not_the_model_s(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shard of other figures, with the digest that belongs to them."""
+    for path in shards(scored):
+        shard = cache.read_shard(path)
+        data = cache.content(replace(shard, values=shard.values + np.float32(0.5)))
+        path.unlink()
+        (scored / f"{cache.digest(data)}.figures").write_bytes(data)
+    assert align("cache", "verify") == exits.FAILED
+    assert "BEYOND the rounding" in capsys.readouterr().out
+
+
+def test_cache_verify_sets_a_damaged_shard_aside(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = shards(scored)[0]
+    shard.write_bytes(flip(shard.read_bytes()))
+    assert align("cache", "verify", "--sample", "0") == exits.FAILED
+    told = capsys.readouterr()
+    assert "1 shards are whole, 1 damaged" in told.out and "set aside" in told.err
+    assert align("cache", "verify", "--sample", "0") == exits.DONE
+
+
+def test_cache_verify_compares_no_figures_with_other_weights(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    origin = json.loads((scored / "origin.json").read_text())
+    other = small_runs.build_model(tmp_path / "other", seed=5)
+    (scored / "origin.json").write_text(json.dumps(origin | {"model": str(other)}))
+    assert align("cache", "verify") == exits.DONE
+    assert "has other weights by now" in capsys.readouterr().out
+
+
+def test_cache_gc_merges_and_removes_leftovers_and_loses_no_figure(
+    scored: Path, home: Path, tiny_model: Path, ragged_file: Path, tmp_path: Path
+) -> None:
+    leftovers = [scored / "x.damaged", scored / ".y.tmp", home / "data" / "z.1.tmp"]
+    for path in leftovers:
+        path.write_bytes(b"left")
+    assert align("cache", "gc", "--dry-run") == exits.DONE
+    assert len(shards(scored)) == 2 and all(path.exists() for path in leftovers)
+    assert align("cache", "gc") == exits.DONE
+    assert len(shards(scored)) == 1 and not any(path.exists() for path in leftovers)
+    assert Runs(tiny_model, ragged_file, tmp_path).train() == (0, responses(ragged_file))
+
+
+def test_cache_gc_removes_what_was_not_used_for_so_many_days(
+    scored: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data,) = (path for path in (home / "data").iterdir() if path.is_dir())
+    assert align("cache", "gc", "--older-than", "1") == exits.DONE
+    assert scored.exists() and data.exists()
+    week_ago = time.time() - 7 * 86400
+    for path in (scored / ".lock", data):
+        os.utime(path, (week_ago, week_ago))
+    assert align("cache", "gc", "--older-than", "8") == exits.DONE
+    assert scored.exists() and data.exists()
+    assert align("cache", "gc", "--older-than", "6", "--dry-run") == exits.DONE
+    assert scored.exists() and data.exists()
+    assert align("cache", "gc", "--older-than", "6") == exits.DONE
+    assert not scored.exists() and not data.exists()
+
+
+def test_cache_gc_touches_nothing_that_a_live_run_uses(
+    scored: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data,) = (path for path in (home / "data").iterdir() if path.is_dir())
+    with cache.in_use(home):
+        run = Folder(scored, tidies=True)
+        for path in (scored / ".lock", data):
+            os.utime(path, (0, 0))
+        before = sorted(home.rglob("*"))
+        assert align("cache", "gc", "--older-than", "1") == exits.DONE
+        assert sorted(home.rglob("*")) == before
+        told = capsys.readouterr().err
+        assert "in use: left alone" in told and "data and worlds are left alone" in told
+        del run
+    assert align("cache", "gc", "--older-than", "1") == exits.DONE
+    assert not scored.exists() and not data.exists()
+
+
+def test_a_run_that_waits_for_a_folder_s_removal_makes_it_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    Folder(folder, tidies=True)
+    lock = cache._opened(folder / ".lock")  # of a run that has opened the lock and not yet locked it
+    assert lock is not None
+    with pytest.MonkeyPatch.context() as patch:
+        opened = iter([lock])
+        plain = cache._opened
+        patch.setattr(cache, "_opened", lambda path: next(opened, None) or plain(path))
+        shutil.rmtree(folder)
+        descriptor = cache.hold(folder)
+    assert descriptor is not None and os.path.samestat(os.fstat(descriptor), (folder / ".lock").stat())
+    os.close(descriptor)
+
+
+# --- digests of weights
+
+
+def test_a_large_file_is_hashed_once_and_again_when_anything_about_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "LARGE", 1)
+    monkeypatch.setattr(cache, "SETTLED", 0.0)
+    file, kept = tmp_path / "file", tmp_path / "kept"
+    file.write_bytes(b"one")
+    first = cache.file_digest(file, kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache.hashlib, "blake2b", forbidden(cache.hashlib.blake2b))
+        assert cache.file_digest(file, kept) == first
+    stat = file.stat()
+    time.sleep(0.02)
+    file.write_bytes(b"two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as `cp -p` and `rsync -t` leave it
+    assert file.stat().st_mtime_ns == stat.st_mtime_ns and file.stat().st_ino == stat.st_ino
+    assert cache.file_digest(file, kept) != first
+    for note in kept.iterdir():
+        note.write_text("{")  # cut by a full disk
+    file.write_bytes(b"one")
+    assert cache.file_digest(file, kept) == first
+
+
+def forbidden(plain: Callable[..., object]) -> Callable[..., object]:
+    """A hash that takes no more than a name: nobody may read the file."""
+
+    def small(data: bytes = b"", **options: int) -> object:
+        assert data, "the file is read"
+        return plain(data, **options)
+
+    return small
+
+
+def test_the_digest_of_a_file_that_has_just_changed_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "LARGE", 1)
+    (tmp_path / "file").write_bytes(b"one")
+    cache.file_digest(tmp_path / "file", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
