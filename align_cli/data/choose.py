@@ -21,9 +21,12 @@ def choose(record: Record, *, responses: int | None, keep: Keep, pairs: Pairs | 
             response of a record with a preference; None asks for no preference.
         seed: of the random choice.
     """
-    draw = random.Random(content(record, seed))
     kept = list(range(len(record.ratings)))
-    if responses is not None and len(kept) > responses:
+    fewer = responses is not None and len(kept) > responses
+    if pairs is None and not fewer:
+        return record
+    draw = random.Random(content(record, seed))
+    if responses is not None and fewer:
         kept = first_choice(record, responses, keep, draw)
     if pairs is None:
         return taken(record, kept)

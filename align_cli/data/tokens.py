@@ -25,8 +25,9 @@ texts (strips them) is followed: what is trained on is what it writes.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, filterfalse, islice, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +37,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from align_cli.data.options import TemplateName
+from align_cli.data.pieces import cut_pattern
 from align_cli.data.records import Message, Record, RowError
 from align_cli.errors import UserError
 
@@ -45,6 +47,11 @@ ESCAPE = 0x108000  # one character for each special string inside a text
 MOST_SPECIALS = 0x7FF0
 PROBE = chr(ESCAPE + MOST_SPECIALS)  # stands for a text while the template is examined
 ANCHOR = chr(STAND_IN + MOST_SPECIALS)  # a border that no token crosses
+
+BEFORE = "a"  # stands before a space to encode what follows it
+LINE = 32  # words encoded in one text
+MOST_KEPT = 1 << 23  # characters of the words whose ids are kept, some 40 MB with all
+ENTRY = 64  # what an entry costs beside them, in characters
 
 Ids = NDArray[np.int32]
 
@@ -119,13 +126,19 @@ class Codec:
         assert len(specials) < MOST_SPECIALS
         self.stand_in = {text: chr(STAND_IN + index) for index, text in enumerate(specials)}
         self.escape_of = {text: chr(ESCAPE + index) for index, text in enumerate(specials)}
-        self.text_of = {ESCAPE + index: text for index, text in enumerate(specials)}
+        self.text_of = {character: text for text, character in self.escape_of.items()}
         self.backend.add_tokens([standing(self.stand_in[text], token) for text, token in specials.items()])
         self.backend.add_tokens([AddedToken(ANCHOR, special=False, normalized=False)])
         self.id_of = {number(self.backend, self.stand_in[text]): number(backend, text) for text in specials}
         longest_first = sorted(specials, key=len, reverse=True)
         self.specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.private = re.compile(f"[{chr(STAND_IN)}-{ANCHOR}{chr(ESCAPE)}-{PROBE}]")
+        private = f"{chr(STAND_IN)}-{ANCHOR}{chr(ESCAPE)}-{PROBE}"
+        self.private = re.compile(f"[{private}]")
+        self.escaped = re.compile("|".join(self.text_of) or r"(?!)")
+        self.cut = cut_pattern(backend, written, private)
+        self.words: dict[str, bytes] = {}  # the ids of a word behind a space
+        self.starts: dict[tuple[str, str], bytes] = {}  # the ids of the start of a text behind a context
+        self.kept = 0  # how much the two hold
 
     def escape(self, text: str) -> str:
         """`text` with a private character for every string that looks like a special token.
@@ -133,14 +146,15 @@ class Codec:
         Raises:
             RowError: the text holds such a private character itself.
         """
-        private = self.private.search(text)
+        private = None if text.isascii() else self.private.search(text)
         if private:
             raise RowError(f"holds the private-use character U+{ord(private[0]):X}, which has no meaning in a text")
         return self.specials.sub(lambda match: self.escape_of[match[0]], text)
 
     def delimit(self, rendered: str) -> str:
         """What a template wrote around escaped texts: its special tokens as stand-ins, the texts as they were."""
-        return self.specials.sub(lambda match: self.stand_in[match[0]], rendered).translate(self.text_of)
+        written = self.specials.sub(lambda match: self.stand_in[match[0]], rendered)
+        return self.escaped.sub(lambda match: self.text_of[match[0]], written)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Encode texts that `delimit` made."""
@@ -149,9 +163,60 @@ class Codec:
             for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)
         ]
 
-    def last_delimiter(self, text: str) -> int:
-        """Where the last stand-in of a text is; 0 if there is none."""
-        return max((match.start() for match in self.private.finditer(text)), default=0)
+    def encode_behind(self, texts: Sequence[tuple[str, str]]) -> list[Ids]:
+        """The ids of texts, each behind its context, as `encode_after` gives them.
+
+        A word that was met before is not encoded again: the words between the cuts of `align_cli.data.pieces` have
+        the same ids everywhere.
+        """
+        if self.kept > MOST_KEPT:
+            self.words, self.starts, self.kept = {}, {}, 0
+        pieces = [self.cut.split(text) for _, text in texts]
+        starts = [(context, of_text.pop(0)) for (context, _), of_text in zip(texts, pieces, strict=True)]
+        self.learn_starts(list(dict.fromkeys(filterfalse(self.starts.__contains__, starts))))
+        ids = [list(map(self.words.get, words)) for words in pieces]
+        gaps = [place for place, of_text in enumerate(ids) if None in of_text]
+        new = (word for place in gaps for word in filterfalse(self.words.__contains__, pieces[place]))
+        self.learn_words(list(dict.fromkeys(new)))
+        for place in gaps:
+            ids[place] = list(map(self.words.get, pieces[place]))
+        return [
+            np.frombuffer(b"".join([self.starts[start], *filter(None, of_text)]), dtype=np.int32)
+            for start, of_text in zip(starts, ids, strict=True)
+        ]
+
+    def learn_words(self, words: Sequence[str]) -> None:
+        """Encode words behind spaces, many in one text: it is cut between them."""
+        inner, last = [], []  # at the end of a text a word may end with what no cut follows
+        for word in words:
+            (inner if self.cut.match(f"{word} {BEFORE}", len(word)) else last).append(word)
+        lines = [inner[start : start + LINE] for start in range(0, len(inner), LINE)] + [[word] for word in last]
+        encodings = self.encode([" ".join([BEFORE, *line]) for line in lines])
+        for line, encoded in zip(lines, encodings, strict=True):
+            borders = [encoded.border(end) for end in accumulate((len(word) + 1 for word in line[:-1]), initial=1)]
+            for word, (begin, end) in zip(line, pairwise([*borders, len(encoded.ids)]), strict=True):
+                assert begin is not None, f"a token reaches across the space before {word!r}"
+                self.words[word] = packed(encoded.ids[begin:end])
+                self.kept += len(word) + ENTRY
+
+    def learn_starts(self, starts: Collection[tuple[str, str]]) -> None:
+        encodings = self.encode([context + text for context, text in starts])
+        for (context, text), encoded in zip(starts, encodings, strict=True):
+            border = encoded.border(len(context)) if context else 0
+            ids = encoded.ids[border:] if border is not None else self.encode_after(context, text)
+            self.starts[context, text] = packed(ids)
+            self.kept += len(context) + len(text) + ENTRY
+
+    def context(self, prompt: str) -> str:
+        """The end of a prompt that has a say in what follows it."""
+        # What stands before a special token has none.
+        end = prompt[max((match.start() for match in self.private.finditer(prompt)), default=0) :]
+        space = end.rfind(" ")
+        while space > 0:
+            if self.cut.match(end, space):
+                return BEFORE + end[space:]
+            space = end.rfind(" ", 0, space)
+        return end
 
     def encode_after(self, context: str, text: str) -> list[int]:
         """The ids of `text` as they are behind `context`, cut off where a token would reach across."""
@@ -335,31 +400,26 @@ class Template:
                 rendered.append(self.writer.render(record))
             except RowError as error:
                 rendered.append(error)
-        prompts = self.codec.encode([one.prompt for one in rendered if isinstance(one, Rendered)])
-        # Nothing before the last special token has a say in what follows it.
-        contexts = [
-            one.prompt[self.codec.last_delimiter(one.prompt) :] for one in rendered if isinstance(one, Rendered)
-        ]
         good = [one for one in rendered if isinstance(one, Rendered)]
-        continued = iter(
-            self.codec.encode(
-                [context + text for context, one in zip(contexts, good, strict=True) for text in one.responses]
-            )
+        texts = [("", one.prompt) for one in good]
+        texts += [
+            (context, text) for one in good for context in [self.codec.context(one.prompt)] for text in one.responses
+        ]
+        found = iter(self.codec.encode_behind(texts))
+        prompts = [self.begun(ids) for ids in islice(found, len(good))]
+        made = iter(
+            [
+                Tokenised(prompt, tuple(islice(found, len(one.responses))))
+                for one, prompt in zip(good, prompts, strict=True)
+            ]
         )
-        made: list[Tokenised] = []
-        for context, one, prompt in zip(contexts, good, prompts, strict=True):
-            responses = []
-            for text in one.responses:
-                whole = next(continued)
-                border = whole.border(len(context))
-                responses.append(self.codec.encode_after(context, text) if border is None else whole.ids[border:])
-            made.append(Tokenised(ids_of(self.begun(prompt.ids)), tuple(map(ids_of, responses))))
-        rest = iter(made)
-        return [one if isinstance(one, RowError) else next(rest) for one in rendered]
+        return [one if isinstance(one, RowError) else next(made) for one in rendered]
 
-    def begun(self, ids: list[int]) -> list[int]:
+    def begun(self, ids: Ids) -> Ids:
         """`ids` with the one begin-of-sequence token that the tokenizer puts."""
-        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+        if self.bos is None or ids[:1].tolist() == [self.bos]:
+            return ids
+        return np.concatenate([np.array([self.bos], dtype=np.int32), ids])
 
     def shortened(self, prompt: Ids, most: int) -> Ids | None:
         """The end of a prompt, behind its begin-of-sequence token; None where the template's own tokens fill it."""
@@ -368,8 +428,8 @@ class Template:
         return np.concatenate([begin, prompt[-room:]]) if room > self.header_tokens else None
 
 
-def ids_of(tokens: Sequence[int]) -> Ids:
-    return np.array(tokens, dtype=np.int32)
+def packed(ids: Sequence[int]) -> bytes:
+    return np.array(ids, dtype=np.int32).tobytes()
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
