@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +27,15 @@ from align_cli.errors import UserError
 from align_cli.experiment import Experiment, producers
 from align_cli.models.adapters import attach
 from align_cli.models.causal import (
-    flat_rows_error,
+    Manner,
+    Model,
+    error_of,
     load_model,
-    read_architecture,
     recompute_activations,
     takes_flat_rows,
 )
-from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics
+from align_cli.models.head import Head, transform_of
+from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics, rows
 from align_cli.train import Method, total_steps
 
 # Largest difference in nats per token between a flat row and padded sequences that rounding explains.
@@ -62,24 +65,59 @@ def build_engine(experiment: Experiment, device: torch.device) -> Engine:
     torch.manual_seed(experiment.run.seed)
     options = experiment.engine
     dtype = options.dtype(device)
-    flat = experiment.model.rows != "padded" and takes_flat_rows(read_architecture(experiment.model))
-    if experiment.model.rows == "shared" and not flat:
-        raise UserError(
-            f"model.rows=shared: {experiment.model.path} does not send its attention through transformers' interface. "
-            "Use model.rows=auto or padded."
-        )
+    manner = Manner(flat=False)
     if options.stage is None:
-        engine: Engine = TorchEngine(_network(experiment, dtype), device, flat=flat, optimizer=experiment.optimizer)
+        engine: Engine = TorchEngine(_network(experiment, dtype), device, manner=manner, optimizer=experiment.optimizer)
     else:
         settle_deepspeed(device)
         config = deepspeed_config(options, experiment.optimizer, device)
         alive = keep_zero3_alive(config)
         network = _network(experiment, dtype)
-        engine = DeepSpeedEngine(network, device, flat=flat, config=config, optimizer=experiment.optimizer)
+        engine = DeepSpeedEngine(network, device, manner=manner, config=config, optimizer=experiment.optimizer)
         del alive
-    if flat:
-        _test_flat_rows(experiment, engine, dtype)
+    engine.manner = find_manner(
+        engine.network, engine.module(), experiment.model, dtype=dtype, logits_mb=options.logits_mb, device=device
+    )
     return engine
+
+
+def find_manner(
+    network: Network, module: nn.Module, model: Model, *, dtype: torch.dtype, logits_mb: int, device: torch.device
+) -> Manner:
+    """The fastest way to measure a model that agrees with its own code on padded sequences; every rank calls it.
+
+    Args:
+        network: the model.
+        module: what a forward pass calls.
+        dtype: of weights and activations.
+        logits_mb: `engine.logits_mb`.
+    """
+    flat = model.rows != "padded" and takes_flat_rows(network.config)
+    if model.rows in ("shared", "packed") and not flat:
+        raise UserError(
+            f"model.rows={model.rows}: {model.path} does not send its attention through transformers' interface. "
+            "Use model.rows=auto or padded."
+        )
+    output: Any = network.get_output_embeddings()
+    known = None
+    if model.head == "auto" and isinstance(output, Head):
+        known = transform_of(module, output, device)
+    wanted = Manner(flat, model.rows != "packed", known, logits_mb * 1_000_000)
+    ways = [wanted, replace(wanted, transform=None), replace(wanted, flat=False), Manner(flat=False)]
+    vocabulary = int(network.config.vocab_size)
+    for way in dict.fromkeys(ways):
+        if way == Manner(flat=False):  # what all others are held against
+            break
+        error = max(distributed.gather(error_of(module, way, vocabulary, device)))
+        if error <= ROUNDING[dtype]:
+            break
+        head = "the model's own head" if way.transform is None else "the chunked head"
+        told = f"{rows(way)} rows with {head} are {error:.3g} nats per token off"
+        if model.rows in ("shared", "packed") and way.transform is None:
+            raise UserError(f"model.rows={model.rows}: {told} under this architecture. Use model.rows=padded.")
+        if distributed.rank() == 0:
+            terminal.warn(f"{told}; this architecture is measured another way")
+    return way
 
 
 def _network(experiment: Experiment, dtype: torch.dtype) -> Network:
@@ -91,19 +129,6 @@ def _network(experiment: Experiment, dtype: torch.dtype) -> Network:
             base.enable_input_require_grads()
     network.train()
     return network
-
-
-def _test_flat_rows(experiment: Experiment, engine: Engine, dtype: torch.dtype) -> None:
-    vocabulary = int(engine.network.config.vocab_size)
-    error = max(distributed.gather(flat_rows_error(engine.module(), vocabulary, engine.device)))
-    if error <= ROUNDING[dtype]:
-        return
-    found = f"flat rows and padded sequences differ by {error:.3g} nats per token"
-    if experiment.model.rows == "shared":
-        raise UserError(f"model.rows=shared: {found} under this architecture. Use model.rows=padded.")
-    if distributed.rank() == 0:
-        terminal.warn(f"{found}; this architecture gets a padded sequence for each response")
-    engine.flat = False
 
 
 def build_methods(
@@ -143,7 +168,7 @@ def open_cache(experiment: Experiment, engine: Engine, digest: str) -> Cached:
         digest: of the policy's starting weights.
     """
     dtype, bits = experiment.engine.dtype(engine.device), experiment.adapter.bits
-    told = numerics(dtype=dtype, bits=bits, flat=engine.flat, device=engine.device)
+    told = numerics(dtype=dtype, bits=bits, manner=engine.manner, device=engine.device)
     origin = {
         "model": experiment.model.path,
         "revision": experiment.model.revision,
@@ -151,7 +176,8 @@ def open_cache(experiment: Experiment, engine: Engine, digest: str) -> Cached:
         "numerics": told,
         "dtype": str(dtype).removeprefix("torch."),
         "bits": bits,
-        "rows": "shared" if engine.flat else "padded",
+        "rows": rows(engine.manner),
+        "head": "plain" if engine.manner.transform is None else "auto",
         "device": engine.device.type,
         "matmul": torch.get_float32_matmul_precision(),
     }
@@ -170,29 +196,31 @@ def fill(cache: Cached, prepared: Prepared, engine: Engine, *, everything: bool)
     asked = "reference" in experiment.made
     evaluated = len(held_out) if everything else min(experiment.eval.groups, len(held_out))
     if asked:
-        trained = np.arange(len(train)) if everything else _groups_of_steps(experiment, len(train))
+        trained = np.arange(len(train)) if everything else _groups_of_steps(experiment, train)
         cache.fill_store(engine, train, trained, budget=budget, say=say)
     cache.fill_store(engine, held_out, np.arange(evaluated), budget=budget, say=say)
     if "mismatch_kl" in experiment.made:
         cache.fill(engine, _pairs_of_steps(prepared), budget=budget, say=say)
 
 
-def _groups_of_steps(experiment: Experiment, groups: int) -> NDArray[np.int64]:
+def _groups_of_steps(experiment: Experiment, store: Store) -> NDArray[np.int64]:
     """The groups that a run's steps hold, in the order of the store."""
-    prompts, seed = experiment.train.prompts, experiment.run.seed
-    of = total_steps(experiment.train, groups)
-    if of >= steps_per_epoch(groups, prompts):
-        return np.arange(groups)
-    chosen = [members(groups, step, prompts=prompts, seed=seed) for step in range(1, of + 1)]
-    return np.sort(np.concatenate(chosen))
+    of = total_steps(experiment.train, len(store))
+    if of >= steps_per_epoch(len(store), experiment.train.prompts):
+        return np.arange(len(store))
+    return np.sort(np.concatenate([_members(experiment, store, step) for step in range(1, of + 1)]))
+
+
+def _members(experiment: Experiment, store: Store, step: int) -> NDArray[np.int64]:
+    train = experiment.train
+    return members(store, step, prompts=train.prompts, seed=experiment.run.seed, together=train.together)
 
 
 def _pairs_of_steps(prepared: Prepared) -> Iterator[Group]:
     """KTO's mismatched pairs, of each step and of the evaluation."""
     experiment, train, held_out = prepared.experiment, prepared.train, prepared.held_out
-    prompts, seed = experiment.train.prompts, experiment.run.seed
     for step in range(1, total_steps(experiment.train, len(train)) + 1):
-        indices = members(len(train), step, prompts=prompts, seed=seed).tolist()
+        indices = _members(experiment, train, step).tolist()
         yield from mismatched([train[index] for index in indices])
     evaluated = [held_out[index] for index in range(min(experiment.eval.groups, len(held_out)))]
     if evaluated:
@@ -208,17 +236,14 @@ def _frozen(experiment: Experiment, engine: Engine, device: torch.device) -> Fro
     network: nn.Module
     if experiment.engine.stage != 3:
         network = load_model(model, dtype=dtype, bits=experiment.adapter.bits).to(device).eval()  # pyright: ignore
-        vocabulary = int(network.config.vocab_size)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     else:
         import deepspeed
 
         config = deepspeed_config(experiment.engine, experiment.optimizer, device)
         alive = keep_zero3_alive(config)
         second = load_model(model, dtype=dtype, bits=None).eval()
-        vocabulary = int(second.config.vocab_size)
         network, *_ = deepspeed.initialize(model=second, config=config, dist_init_required=False)
         del alive
-    flat = model.rows != "padded" and takes_flat_rows(read_architecture(model))
-    if flat:
-        flat = max(distributed.gather(flat_rows_error(network, vocabulary, device))) <= ROUNDING[dtype]
-    return Frozen(network, flat=flat)
+    plain: Any = network if experiment.engine.stage != 3 else second
+    logits_mb = experiment.engine.logits_mb
+    return Frozen(network, find_manner(plain, network, model, dtype=dtype, logits_mb=logits_mb, device=device))

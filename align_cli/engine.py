@@ -8,6 +8,7 @@ global count gets the same gradient however the step is split.
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from align_cli import distributed
 from align_cli.data.batches import MicroBatch
-from align_cli.models.causal import measure
+from align_cli.models.causal import Manner, measure
 from align_cli.ranges import Count, Fraction, NonNegative, Positive
 
 Network = PreTrainedModel | PeftModel
@@ -34,6 +35,7 @@ class EngineOptions:
     name: Literal["torch", "zero0", "zero1", "zero2", "zero3"]
     precision: Literal["auto", "fp32", "bf16"]
     micro_tokens: Count
+    logits_mb: Count
     gradient_checkpointing: bool
 
     @property
@@ -61,10 +63,10 @@ class Optimizer:
 class Engine(ABC):
     """A network that trains, on this rank's share of every step."""
 
-    def __init__(self, network: Network, device: torch.device, *, flat: bool):
+    def __init__(self, network: Network, device: torch.device, *, manner: Manner):
         self.network = network
         self.device = device
-        self.flat = flat
+        self.manner = manner
 
     @abstractmethod
     def module(self) -> nn.Module:
@@ -72,7 +74,7 @@ class Engine(ABC):
 
     def measure(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The policy's columns, with gradient (`align_cli.models.causal.measure`)."""
-        return measure(self.module(), batch, flat=self.flat)
+        return measure(self.module(), batch, self.manner)
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -126,8 +128,8 @@ def adamw(parameters: dict[str, nn.Parameter], options: Optimizer) -> torch.opti
 class TorchEngine(Engine):
     """One process. Weights below fp32 are updated through fp32 masters."""
 
-    def __init__(self, network: Network, device: torch.device, *, flat: bool, optimizer: Optimizer):
-        super().__init__(network.to(device), device, flat=flat)  # pyright: ignore[reportArgumentType]
+    def __init__(self, network: Network, device: torch.device, *, manner: Manner, optimizer: Optimizer):
+        super().__init__(network.to(device), device, manner=manner)  # pyright: ignore[reportArgumentType]
         self.max_grad_norm = optimizer.max_grad_norm
         self.parameters = trainable(network)
         self.masters = {
@@ -135,19 +137,25 @@ class TorchEngine(Engine):
             for name, p in self.parameters.items()
         }
         self.optimizer = adamw(self.masters, optimizer)
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.register_post_accumulate_grad_hook(partial(self._collect, self.masters[name]))
 
     def module(self) -> nn.Module:
         return self.network
 
+    @staticmethod
+    def _collect(master: nn.Parameter, parameter: Tensor) -> None:
+        """Add a gradient to its master's as soon as it is there, so that no two copies of all are ever held."""
+        assert parameter.grad is not None
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is parameter or parameter.grad is None:
-                continue
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad + gradient
-            parameter.grad = None
 
     def step(self, lr: float) -> float:
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
@@ -246,9 +254,9 @@ class DeepSpeedEngine(Engine):
     """Ranks under DeepSpeed, ZeRO stage 0 to 3."""
 
     def __init__(
-        self, network: Network, device: torch.device, *, flat: bool, config: dict[str, Any], optimizer: Optimizer
+        self, network: Network, device: torch.device, *, manner: Manner, config: dict[str, Any], optimizer: Optimizer
     ):
-        super().__init__(network, device, flat=flat)
+        super().__init__(network, device, manner=manner)
         import deepspeed
 
         self.stage = config["zero_optimization"]["stage"]

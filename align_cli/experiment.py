@@ -28,6 +28,7 @@ class Train:
     steps: Count | None
     epochs: Count
     prompts: Count
+    together: bool
     lr: Positive
     schedule: Literal["cosine", "linear", "constant"]
     warmup_ratio: Fraction

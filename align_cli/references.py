@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from align_cli import distributed, paths
 from align_cli.cache import MISSING, OWN, Figures, Folder, Names, file_digest, names_of
-from align_cli.data.batches import MicroBatch, flatten, split
+from align_cli.data.batches import Measured, MicroBatch, split
 from align_cli.data.store import Group, Store
 from align_cli.engine import Engine
 from align_cli.models.adapters import switched_off
-from align_cli.models.causal import measure
+from align_cli.models.causal import Manner, measure
 
 Say = Callable[[str], None]
 
-_VERSION = 2  # of what is stored; raise it when the meaning of a stored figure changes
+_VERSION = 3  # of what is stored; raise it when the meaning of a stored figure changes
 CHUNK = 1024  # groups looked up at a time
 FIRST, MOST = 64, 2048  # groups measured before the first write, and at most between two
 PERIOD = 30.0  # seconds between two writes; a killed run measures again what it did in them
@@ -59,16 +59,23 @@ def weights_digest(path: str, commit: str | None) -> str:
     return digest.hexdigest()
 
 
-def numerics(*, dtype: torch.dtype, bits: int | None, flat: bool, device: torch.device) -> str:
+def rows(manner: Manner) -> str:
+    """The `model.rows` that is meant."""
+    return "padded" if not manner.flat else "shared" if manner.share else "packed"
+
+
+def numerics(*, dtype: torch.dtype, bits: int | None, manner: Manner, device: torch.device) -> str:
     """What decides the rounding of a figure, as a name: figures of other numerics are never mixed.
 
     Args:
         dtype: of weights and activations.
         bits: of quantised weights.
-        flat: whether a row holds a prompt once for its responses.
+        manner: how the model is measured; the budget of logits does not matter.
         device: whose kernels compute.
     """
-    parts = [str(dtype).removeprefix("torch."), device.type, "shared" if flat else "padded"]
+    parts = [str(dtype).removeprefix("torch."), device.type, rows(manner)]
+    if manner.transform is None:
+        parts.append("plain")
     if bits is not None:
         parts.insert(1, f"{bits}bit")
     # "high" and "medium" let fp32 matrices be multiplied in fewer bits, where the hardware can.
@@ -187,15 +194,15 @@ class Cached:
     def _measure(self, engine: Engine, groups: Sequence[Group], budget: int, say: Say) -> None:
         """Measure groups, whose responses are all new, and commit them as one shard."""
         begun = time.perf_counter()
-        tokens = np.array([len(g.prompt) + sum(len(r) for r in g.responses) for g in groups])
-        responses = np.array([len(g.responses) for g in groups])
+        lengths = Measured.of(groups)
+        responses = lengths.responses
         first = np.cumsum(responses) - responses
         say(f"measuring the reference on {responses.sum():,} responses" + self._so_far())
-        parts = split(range(len(groups)), tokens, responses, ranks=distributed.world(), budget=budget)
+        parts = split(range(len(groups)), lengths, ranks=distributed.world(), budget=budget)
         places: list[NDArray[np.int64]] = []
         figures: list[NDArray[np.float32]] = []
         for part in parts[distributed.rank()]:
-            batch = flatten([groups[index] for index in part.groups], counted=part.counted).to(engine.device)
+            batch = engine.manner.flatten([groups[index] for index in part.groups]).to(engine.device)
             policy = engine.measure(batch)["policy"].float().cpu().numpy()
             if part.counted:
                 places += [first[index] + np.arange(responses[index]) for index in part.groups]
@@ -248,16 +255,16 @@ class Frozen:
 
     Args:
         network: the reference, ready to be called on this rank's device.
-        flat: whether it takes flat rows.
+        manner: how it is measured.
     """
 
-    def __init__(self, network: nn.Module, *, flat: bool) -> None:
+    def __init__(self, network: nn.Module, manner: Manner) -> None:
         self.network = network
-        self.flat = flat
+        self.manner = manner
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
-        return measure(self.network, batch, flat=self.flat)["policy"]
+        return measure(self.network, batch, self.manner)["policy"]
 
 
 class AdapterOff:
@@ -292,12 +299,10 @@ class MismatchKL:
             self.estimate = 0.0  # a prompt alone has no other's response
             return
         pairs = mismatched(groups)
-        tokens = np.array([len(pair.prompt) + len(pair.responses[0]) for pair in pairs])
-        ones = np.ones(len(pairs), dtype=np.int64)
-        parts = split(range(len(pairs)), tokens, ones, ranks=distributed.world(), budget=self.budget)
+        parts = split(range(len(pairs)), Measured.of(pairs), ranks=distributed.world(), budget=self.budget)
         summed = torch.zeros((), dtype=torch.float64)
         for part in parts[distributed.rank()]:
-            batch = flatten([pairs[index] for index in part.groups]).to(self.engine.device)
+            batch = self.engine.manner.flatten([pairs[index] for index in part.groups]).to(self.engine.device)
             ratio = self.engine.measure(batch)["policy"] - self.reference(batch)
             summed += float(part.counted) * ratio.sum().cpu()
         self.estimate = max(0.0, float(distributed.total(summed, self.engine.device)) / len(pairs))

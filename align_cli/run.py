@@ -22,7 +22,7 @@ from align_cli.engine import Engine
 from align_cli.errors import RunError, Stopped, UserError
 from align_cli.experiment import Experiment, read
 from align_cli.models.causal import load_tokenizer, read_architecture
-from align_cli.references import Cached, Say, weights_digest
+from align_cli.references import Cached, Say, rows, weights_digest
 from align_cli.rundir import Scalar
 from align_cli.tracking import Silent, Tracker
 from align_cli.train import Method, Progress, evaluate_loss, stop_signals, total_steps, train
@@ -280,11 +280,10 @@ def _introduce(prepared: Prepared, engine: Engine, run_dir: Path, progress: Prog
     experiment, store = prepared.experiment, prepared.train
     of = total_steps(experiment.train, len(store))
     dtype = str(experiment.engine.dtype(engine.device)).removeprefix("torch.")
-    rows = "flat rows" if engine.flat else "padded rows"
     trained = sum(p.numel() for p in engine.network.parameters() if p.requires_grad)
     terminal.say(
-        f"{experiment.algorithm}: {distributed.world()} rank(s) on {engine.device.type}, {dtype}, {rows}, "
-        f"engine={experiment.engine.name}; {trained:,} trained weights on this rank"
+        f"{experiment.algorithm}: {distributed.world()} rank(s) on {engine.device.type}, {dtype}, "
+        f"{rows(engine.manner)} rows, engine={experiment.engine.name}; {trained:,} trained weights on this rank"
     )
     going = f"goes on after step {progress.step}" if progress.step else "starts"
     prompts = min(experiment.train.prompts, len(store))

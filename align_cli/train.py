@@ -17,13 +17,13 @@ from torch import Tensor
 
 from align_cli import columns, distributed
 from align_cli.checkpoints import Checkpoints
-from align_cli.data.batches import MicroBatch, Step, flatten, split, steps, steps_per_epoch
+from align_cli.data.batches import MicroBatch, Step, split, steps, steps_per_epoch
 from align_cli.data.store import Store
 from align_cli.engine import Engine
 from align_cli.errors import RunError, Stopped
 from align_cli.experiment import Experiment, Train
 from align_cli.metrics import Metrics, likelihood, preference
-from align_cli.models.causal import measure
+from align_cli.models.causal import Manner, measure
 from align_cli.references import MismatchKL
 from align_cli.tracking import Silent
 
@@ -115,7 +115,7 @@ class Method:
         """
         size = self.size(filled)
         if self.experiment.at_reference is None:
-            plain = measure(engine.module(), filled["batch"], flat=False)
+            plain = measure(engine.module(), filled["batch"], Manner(flat=False))
             return {"exact": (self.elements({**filled, **plain}).sum(), size)}
         if self.experiment.reference.path:
             return {}
@@ -202,6 +202,7 @@ def train(
         last=of,
         prompts=experiment.train.prompts,
         seed=experiment.run.seed,
+        together=experiment.train.together,
         rank=distributed.rank(),
         ranks=distributed.world(),
         budget=experiment.engine.micro_tokens,
@@ -246,7 +247,7 @@ def run_step(engine: Engine, method: Method, store: Store, step: Step, *, logged
     method.begin(store, step.groups)
     count = method.count(store, step.groups)
     for part in step.parts:
-        batch = flatten([store[index] for index in part.groups], counted=part.counted)
+        batch = engine.manner.flatten([store[index] for index in part.groups], counted=part.counted)
         filled = method.columns(engine, batch)
         elements = method.elements(filled)
         engine.backward(elements.sum() * float(part.counted) / count)
@@ -284,13 +285,11 @@ def evaluate_loss(engine: Engine, method: Method, store: Store) -> dict[str, flo
     chosen = tuple(range(min(experiment.eval.groups, len(store))))
     if not chosen:
         return {}
-    tokens = store.prompt_tokens + store.response_tokens
-    budget = experiment.engine.micro_tokens
-    parts = split(chosen, tokens, store.responses, ranks=distributed.world(), budget=budget)
+    parts = split(chosen, store, ranks=distributed.world(), budget=experiment.engine.micro_tokens)
     method.begin(store, chosen)
     meter = Meter()
     for part in parts[distributed.rank()]:
-        filled = method.columns(engine, flatten([store[index] for index in part.groups]))
+        filled = method.columns(engine, engine.manner.flatten([store[index] for index in part.groups]))
         if part.counted:
             meter.add({"loss": (method.elements(filled).sum(), method.size(filled))} | method.metrics(filled))
     return meter.read()

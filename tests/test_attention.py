@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from align_cli.data.batches import Layout, MicroBatch, Span, flatten, lay_out
+from align_cli.data.batches import Layout, MicroBatch, Span, flatten
 from align_cli.data.store import Group
-from align_cli.models import attention, causal
-from align_cli.models.causal import flat_rows_error, measure, recompute_activations, silence_dropout, takes_flat_rows
+from align_cli.models import attention, causal, head, segments
+from align_cli.models.causal import Manner, error_of, measure, recompute_activations, silence_dropout, takes_flat_rows
 
 VOCABULARY = 61
 WINDOW = 6  # far below the longest sequence, so that it matters
@@ -138,22 +138,39 @@ def assert_same(found: Tensor, slopes: dict[str, Tensor], expected: Tensor, own:
         assert_close(slopes[name], slope, rtol=0, atol=64 * EPSILON * largest, msg=lambda text, n=name: f"{n}: {text}")
 
 
+KERNELS = {"segments": 0, "buckets": 10**9}  # tokens of a mean segment from which a CPU takes segments one by one
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flat_rows_give_the_logprobs_and_gradients_of_single_sequences(family: str) -> None:
+def test_flat_rows_give_the_logprobs_and_gradients_of_single_sequences(
+    family: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LONG", KERNELS[kernel])
+    monkeypatch.setattr(segments, "BLOCK", 7)  # so that segments have several blocks
     own = build(family, "eager")
     expected = one_at_a_time(own)
     slopes = gradients(own, expected)
     flat = build(family, attention.NAME)
     assert takes_flat_rows(flat.config)
-    batch = flatten(groups())
-    found = measure(flat, batch, flat=True)["policy"]
-    assert_same(found, gradients(flat, found), expected, slopes)
-    assert flat_rows_error(flat, VOCABULARY, torch.device("cpu")) < 1e-5
-
-    found = measure(flat, batch, flat=False)["policy"]
-    assert_same(found, gradients(flat, found), expected, slopes)
+    assert head.install(flat)
+    output = flat.get_output_embeddings()
+    known = head.transform_of(flat, output, torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+    assert known is not None
+    for share in (True, False):
+        for rows in (True, False):
+            # a budget of three tokens' logits, of all, and the model's own head
+            for way in (
+                Manner(rows, share, known, 3 * VOCABULARY * 4),
+                Manner(rows, share, known, 10**9),
+                Manner(rows, share),
+            ):
+                found = measure(flat, flatten(groups(), share=share), way)["policy"]
+                assert_same(found, gradients(flat, found), expected, slopes)
+                assert error_of(flat, way, VOCABULARY, torch.device("cpu")) < 1e-5
 
     recompute_activations(flat)
+    batch = flatten(groups())
     calls: list[int] = []
 
     def counted(*arguments: Any, **more: Any) -> tuple[Tensor, None]:
@@ -161,7 +178,7 @@ def test_flat_rows_give_the_logprobs_and_gradients_of_single_sequences(family: s
         return attention.shared_attention(*arguments, **more)
 
     AttentionInterface.register(attention.NAME, counted)
-    found = measure(flat, batch, flat=True)["policy"]
+    found = measure(flat, batch, Manner(flat=True))["policy"]
     assert_same(found, gradients(flat, found), expected, slopes)
     assert len(calls) == 4  # two layers, each again in the backward pass
     attention.register()
@@ -171,10 +188,10 @@ def test_flat_rows_give_the_logprobs_and_gradients_of_single_sequences(family: s
 def test_architectures_that_cannot_are_known_and_their_padded_rows_are_right(family: str) -> None:
     network = build(family, "eager")
     assert not takes_flat_rows(network.config)
-    assert flat_rows_error(network, VOCABULARY, torch.device("cpu")) > 1e-3
+    assert error_of(network, Manner(flat=True), VOCABULARY, torch.device("cpu")) > 1e-3
     expected = one_at_a_time(network)
     own = gradients(network, expected)
-    found = measure(network, flatten(groups()), flat=False)["policy"]
+    found = measure(network, flatten(groups()), Manner(flat=False))["policy"]
     # The states of mamba and of linear attention are products over the sequence, rounded once a token.
     longest = max(len(group.prompt) + len(response) for group in groups() for response in group.responses)
     assert_close(found, expected, rtol=0, atol=longest * EPSILON * float(expected.detach().abs().max()))
@@ -185,7 +202,7 @@ def test_architectures_that_cannot_are_known_and_their_padded_rows_are_right(fam
 
 def test_token_logprobs_stand_at_their_slots_and_sum_to_the_responses() -> None:
     batch = flatten(groups())
-    found = measure(build("llama", attention.NAME), batch, flat=True)
+    found = measure(build("llama", attention.NAME), batch, Manner(flat=True))
     tokens = found["policy_tokens"]
     assert tokens.shape == (4, 3, 26)
     assert_close(tokens.sum(-1), found["policy"])
@@ -194,14 +211,18 @@ def test_token_logprobs_stand_at_their_slots_and_sum_to_the_responses() -> None:
 
 def window_ignored(batch: MicroBatch) -> MicroBatch:
     """Every key is said to be near."""
-    buckets = tuple(replace(each, distance=each.distance.clamp(max=0)) for each in batch.layout.buckets)
-    return replace(batch, layout=Layout(batch.layout.spans, buckets, batch.layout.home))
+    layout = Layout(batch.layout.spans, batch.layout.device)
+    vars(layout)["buckets"] = tuple(replace(each, distance=each.distance.clamp(max=0)) for each in layout.buckets)
+    return replace(batch, layout=layout)
 
 
 def responses_see_each_other(batch: MicroBatch) -> MicroBatch:
     """Attention takes all responses of a prompt for one."""
-    merged = lay_out([Span(span.start, span.prompt, (sum(span.responses),)) for span in batch.layout.spans])
-    return replace(batch, layout=Layout(batch.layout.spans, merged.buckets, merged.home))
+    spans = tuple(Span(span.start, span.prompt, (sum(span.responses),)) for span in batch.layout.spans)
+    merged = Layout(spans, batch.layout.device)
+    layout = Layout(batch.layout.spans, batch.layout.device)
+    vars(layout).update(segments=merged.segments, buckets=merged.buckets, home=merged.home)
+    return replace(batch, layout=layout)
 
 
 def positions_shifted(batch: MicroBatch) -> MicroBatch:
@@ -223,10 +244,10 @@ def test_the_self_test_of_a_run_sees_a_broken_layout(
 ) -> None:
     network = build("mistral", attention.NAME)
     device = torch.device("cpu")
-    assert flat_rows_error(network, VOCABULARY, device) < 1e-5
+    assert error_of(network, Manner(flat=True), VOCABULARY, device) < 1e-5
 
-    monkeypatch.setattr(causal, "flatten", lambda chosen: broken(flatten(chosen)))
-    assert flat_rows_error(network, VOCABULARY, device) > 0.05  # nats; 1e-3 and 0.3 are a run's limits
+    monkeypatch.setattr(causal, "flatten", lambda chosen, **told: broken(flatten(chosen, **told)))
+    assert error_of(network, Manner(flat=True), VOCABULARY, device) > 0.05  # nats; 1e-3 and 0.3 are a run's limits
 
 
 def test_the_self_test_calls_it_infinite_where_the_model_knows_no_layout() -> None:
@@ -234,7 +255,7 @@ def test_the_self_test_calls_it_infinite_where_the_model_knows_no_layout() -> No
         def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> None:
             raise AssertionError("not with these arguments")
 
-    assert flat_rows_error(Plain(), VOCABULARY, torch.device("cpu")) == float("inf")
+    assert error_of(Plain(), Manner(flat=True), VOCABULARY, torch.device("cpu")) == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -264,4 +285,5 @@ def test_generation_with_left_padding_and_a_cache_is_that_of_the_own_attention(f
 def test_routers_and_dropout_are_silent_while_training() -> None:
     network = build("phimoe", attention.NAME)
     batch = flatten(groups())
-    assert torch.equal(measure(network, batch, flat=True)["policy"], measure(network, batch, flat=True)["policy"])
+    first, second = (measure(network, batch, Manner(flat=True))["policy"] for _ in range(2))
+    assert torch.equal(first, second)

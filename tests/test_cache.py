@@ -33,7 +33,7 @@ from align_cli.cache import FOUND, MISSING, Folder, Shard, names_of
 from align_cli.data.batches import MicroBatch, flatten
 from align_cli.data.store import Group
 from align_cli.engine import Engine, Optimizer, TorchEngine
-from align_cli.models.causal import Model, load_model
+from align_cli.models.causal import Manner, Model, load_model
 from align_cli.references import Cached
 
 CPU = torch.device("cpu")
@@ -73,7 +73,9 @@ def some_groups(count: int, responses: int = 3) -> list[Group]:
 @pytest.fixture
 def engine(tiny_model: Path) -> TorchEngine:
     section = Model(name="hf", path=str(tiny_model), revision=None, rows="auto", architecture=None)
-    return TorchEngine(load_model(section, dtype=torch.float32, bits=None), CPU, flat=True, optimizer=OPTIMIZER)
+    return TorchEngine(
+        load_model(section, dtype=torch.float32, bits=None), CPU, manner=Manner(flat=True), optimizer=OPTIMIZER
+    )
 
 
 @pytest.fixture
@@ -290,7 +292,7 @@ class Counting(Engine):
     """An engine that counts what it measures and may be killed on the way."""
 
     def __init__(self, inner: TorchEngine, *, after: int | None = None) -> None:
-        super().__init__(inner.network, inner.device, flat=inner.flat)
+        super().__init__(inner.network, inner.device, manner=inner.manner)
         self.inner = inner
         self.after = after
         self.calls = 0
@@ -435,7 +437,7 @@ def as_rank(model: str, tmp_path: str) -> None:
     distributed.join(CPU)
     for scenario in (shared_folder, folders_apart, one_disk_is_full):
         os.environ["LOCAL_RANK"] = "0" if scenario is folders_apart else os.environ["RANK"]
-        inner = TorchEngine(network, CPU, flat=True, optimizer=OPTIMIZER)
+        inner = TorchEngine(network, CPU, manner=Manner(flat=True), optimizer=OPTIMIZER)
         scenario(distributed.rank(), inner, Path(tmp_path))
         distributed.barrier()
     distributed.leave()

@@ -18,7 +18,7 @@ from align_cli.commands import plan
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
 from align_cli.models import attention, tiny
-from align_cli.models.causal import measure
+from align_cli.models.causal import Manner, measure
 from align_cli.paths import conf
 
 THE_COMMAND = ["algo=nca", "model=mistral7b", "data=ultrafeedback", "engine=zero3", "launch.devices=8"]
@@ -195,7 +195,7 @@ def kept_per_token(model_type: str, dtype: torch.dtype) -> tuple[float, memory.S
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            measured = measure(network, batch, flat=True)
+            measured = measure(network, batch, Manner(flat=True))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
         bytes_of[layers] = sum(size for place, size in storages.items() if place not in own)
         del measured

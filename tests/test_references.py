@@ -15,7 +15,7 @@ from align_cli.data.store import Group
 from align_cli.engine import Optimizer, TorchEngine
 from align_cli.models import tiny
 from align_cli.models.adapters import Adapter, attach
-from align_cli.models.causal import Model, load_model
+from align_cli.models.causal import Manner, Model, load_model
 from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, content, mismatched, numerics, weights_digest
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, adapter: Adapter = FULL) -> TorchEngine:
     section = Model(name="hf", path=str(folder), revision=None, rows="auto", architecture=None)
     network = attach(load_model(section, dtype=torch.float32, bits=None), adapter, seed=0)
-    return TorchEngine(network.train(), CPU, flat=True, optimizer=OPTIMIZER)
+    return TorchEngine(network.train(), CPU, manner=Manner(flat=True), optimizer=OPTIMIZER)
 
 
 def some_groups(count: int = 5, responses: int = 3) -> list[Group]:
@@ -77,7 +77,7 @@ def test_cached_frozen_and_adapter_off_agree_and_stay_while_the_policy_moves(mod
     before = engine.measure(batch)["policy"].detach()
     train_a_little(engine, groups)
     assert (engine.measure(batch)["policy"] - before).abs().mean() > 0.1
-    frozen = Frozen(load(model).network, flat=True)
+    frozen = Frozen(load(model).network, Manner(flat=True))
     # sums of at most 12 terms of 3 nats in fp32, in other orders where batches differ
     for reference in (cached, frozen, AdapterOff(engine)):
         assert_close(reference(batch), before, rtol=0, atol=1e-5)
@@ -88,7 +88,9 @@ def test_cached_frozen_and_adapter_off_agree_and_stay_while_the_policy_moves(mod
 def test_padded_rows_give_the_same_reference(model: Path) -> None:
     batch = flatten(some_groups())
     network = load(model).network
-    assert_close(Frozen(network, flat=True)(batch), Frozen(network, flat=False)(batch), rtol=0, atol=1e-5)
+    assert_close(
+        Frozen(network, Manner(flat=True))(batch), Frozen(network, Manner(flat=False))(batch), rtol=0, atol=1e-5
+    )
 
 
 def test_what_was_measured_is_found_by_the_next_run_in_any_order_and_selection(model: Path, tmp_path: Path) -> None:
@@ -151,7 +153,9 @@ def test_other_weights_dtypes_and_rows_have_folders_of_their_own(model: Path, tm
     assert weights_digest(str(tmp_path / "same"), None) != digest
     assert weights_digest("some/hub-id", "a" * 40) != weights_digest("some/hub-id", "b" * 40)
     homes = {
-        Cached.home(tmp_path, each, numerics(dtype=dtype, bits=bits, flat=flat, device=torch.device(device)))
+        Cached.home(
+            tmp_path, each, numerics(dtype=dtype, bits=bits, manner=Manner(flat=flat), device=torch.device(device))
+        )
         for each in (digest, other)
         for dtype in (torch.float32, torch.bfloat16)
         for bits in (None, 4)
@@ -164,7 +168,7 @@ def test_other_weights_dtypes_and_rows_have_folders_of_their_own(model: Path, tm
 def test_fewer_bits_in_matrix_products_are_other_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(dtype: torch.dtype, precision: str) -> str:
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-        return numerics(dtype=dtype, bits=None, flat=True, device=CPU)
+        return numerics(dtype=dtype, bits=None, manner=Manner(flat=True), device=CPU)
 
     assert len({told(torch.float32, precision) for precision in ("highest", "high", "medium")}) == 3
     assert len({told(torch.bfloat16, precision) for precision in ("highest", "high", "medium")}) == 1

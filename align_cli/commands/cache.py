@@ -188,24 +188,33 @@ def _loaded(origin: dict[str, str | int | None]) -> tuple["Frozen", str]:
     """
     import torch
 
+    from align_cli.assembly import find_manner
     from align_cli.models.causal import Model, load_model, read_architecture
     from align_cli.references import Frozen, weights_digest
 
-    if not origin.keys() >= {"model", "revision", "weights", "dtype", "bits", "rows", "device", "matmul"}:
+    if not origin.keys() >= {"model", "revision", "weights", "dtype", "bits", "rows", "head", "device", "matmul"}:
         raise UserError("it is not known which model the figures came from")
     device = str(origin["device"])
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("the figures came from a GPU, and there is none")
     revision = None if origin["revision"] is None else str(origin["revision"])
-    rows = "padded" if origin["rows"] == "padded" else "auto"
-    model = Model(name="hf", path=str(origin["model"]), revision=revision, rows=rows, architecture=None)
+    model = Model(
+        name="hf",
+        path=str(origin["model"]),
+        revision=revision,
+        rows=origin["rows"],  # pyright: ignore[reportArgumentType]
+        head=origin["head"],  # pyright: ignore[reportArgumentType]
+        architecture=None,
+    )
     commit = vars(read_architecture(model)).get("_commit_hash")
     if weights_digest(model.path, commit) != origin["weights"]:
         raise UserError(f"{model.path} has other weights by now")
     torch.set_float32_matmul_precision(str(origin["matmul"]))
     dtype = torch.bfloat16 if origin["dtype"] == "bfloat16" else torch.float32
     network = load_model(model, dtype=dtype, bits=None if origin["bits"] is None else int(origin["bits"]))
-    return Frozen(network.to(device).eval(), flat=origin["rows"] == "shared"), device  # pyright: ignore[reportArgumentType]
+    network = network.to(device).eval()  # pyright: ignore[reportArgumentType]
+    where = torch.device(device)
+    return Frozen(network, find_manner(network, network, model, dtype=dtype, logits_mb=256, device=where)), device
 
 
 def _measured(reference: "Frozen", one: Sample, device: str) -> float:

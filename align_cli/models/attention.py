@@ -3,19 +3,27 @@
 A row holds whole groups without padding: prompt, response 1, ..., response K, next prompt, ... Its layout travels as
 the keyword `align_layout` from the model's call to every attention layer, so no model code is touched. Without a
 layout the function is ordinary masked attention: generation and padded batches work as before.
+
+Three kernels compute the same: on a GPU PyTorch's own for sequences of any lengths, on a CPU products over segments
+(`align_cli.models.segments`), and anywhere masked attention over buckets of segments of similar length, which also
+serves short segments, capped scores and sinks.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention, softmax
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from align_cli.data.batches import Layout
+from align_cli.models.segments import SegmentAttention
 
 NAME = "align_shared"
+LONG = 48  # tokens of a row's mean segment from which a CPU takes segments one by one
 
 
 def register() -> None:
@@ -52,6 +60,14 @@ def shared_attention(
     Returns:
         (batch, T, heads, D) and None.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if align_layout is not None and softcap is None and s_aux is None:
+        if query.device.type == "cpu" and query.shape[2] >= LONG * len(align_layout.segments):
+            found = SegmentAttention.apply(query[0], key[0], value[0], align_layout.segments, scale, sliding_window)
+            return found[None], None  # pyright: ignore[reportOptionalSubscript]
+        if takes_varlen(query, value):
+            return varlen_attention(query, key, value, align_layout, scale=scale, window=sliding_window), None
+
     if query.shape[1] != key.shape[1] and (softcap is not None or s_aux is not None):
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -60,11 +76,11 @@ def shared_attention(
         if softcap is None and s_aux is None:
             grouped = q.shape[1] != k.shape[1]
             return scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+                q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
             )
         if causal:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        return explicit_attention(q, k, v, mask, scaling=scaling, softcap=softcap, sinks=s_aux)
+        return explicit_attention(q, k, v, mask, scale=scale, softcap=softcap, sinks=s_aux)
 
     if align_layout is None:
         causal = attention_mask is None and query.shape[2] > 1
@@ -86,18 +102,68 @@ def shared_attention(
     return torch.cat(outputs)[align_layout.home][None], None
 
 
+def takes_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's attention over sequences of any lengths computes this, on this device."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.device.type == "cuda" and query.shape[-1] == value.shape[-1] <= 256 and _flash_capable()
+
+
+@cache
+def _flash_capable() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float, window: int | None
+) -> Tensor:
+    """(1, T, heads, D): every segment a sequence of its own, whose keys are its prompt's and its own."""
+    told = layout.varlen
+    grouped = query.shape[1] != key.shape[1]
+    # The kernel counts the keys before the query's own.
+    before = -1 if window is None else window - 1
+    found = varlen_attn(
+        query[0].transpose(0, 1),
+        RepeatPrompts.apply(key[0].transpose(0, 1), told.keys),
+        RepeatPrompts.apply(value[0].transpose(0, 1), told.keys),
+        told.query_ends,
+        told.key_ends,
+        told.most_queries,
+        told.most_keys,
+        scale=scale,
+        window_size=(before, 0),
+        enable_gqa=grouped,
+    )
+    return found[None]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+class RepeatPrompts(torch.autograd.Function):
+    """Rows of (T, heads, D) by an index with repeats; their gradients are summed in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.length = len(row)
+        return row.index_select(0, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (index,) = ctx.saved_tensors
+        wide = slope.new_zeros(ctx.length, *slope.shape[1:], dtype=torch.promote_types(slope.dtype, torch.float32))
+        return wide.index_add_(0, index, slope.to(wide.dtype)).to(slope.dtype), None
+
+
 def explicit_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     *,
-    scaling: float | None,
+    scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """Attention written out, for what the fused kernels lack: capped scores and sinks; softmax in fp32."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (query @ key.transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -3,6 +3,7 @@
 Policy, reference and evaluation all go through `measure`, so they cannot be computed differently.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,8 @@ from align_cli.data.batches import MicroBatch, flatten
 from align_cli.data.store import Group
 from align_cli.errors import UserError
 from align_cli.logprobs import sum_by, token_logprobs
-from align_cli.models import attention
+from align_cli.models import attention, head
+from align_cli.models.head import Scoring, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,8 @@ class Model:
     name: str
     path: str
     revision: str | None
-    rows: Literal["auto", "shared", "padded"]
+    rows: Literal["auto", "shared", "packed", "padded"]
+    head: Literal["auto", "plain"]
     architecture: dict[str, Any] | None
 
 
@@ -80,6 +83,7 @@ def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrai
             f"model.path={model.path}: its safetensors lack {len(absent)} weights of {type(network).__name__}, "
             f"{absent[0]} among them; they would start at random."
         )
+    head.install(network)
     return silence_dropout(network)
 
 
@@ -134,43 +138,62 @@ def recompute_activations(network: PreTrainedModel) -> None:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
 
 
-def measure(network: nn.Module, batch: MicroBatch, *, flat: bool) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Manner:
+    """How a network is measured; `align_cli.assembly` finds out what it can do.
+
+    Attributes:
+        flat: one row with one copy of each prompt; otherwise a padded sequence for each response, for architectures
+            whose layers carry a state from token to token.
+        share: whether a flat row holds a prompt once, or once for each response.
+        transform: what the family does to its logits, where the head goes on to log-probabilities by itself
+            (`align_cli.models.head`); None: the model returns its logits.
+        logits: bytes of logits that the head makes at a time.
+    """
+
+    flat: bool
+    share: bool = True
+    transform: Transform | None = None
+    logits: int = 0
+
+    def flatten(self, groups: Sequence[Group], *, counted: bool = True) -> MicroBatch:
+        """The row of these groups."""
+        return flatten(groups, share=self.share, counted=counted)
+
+
+def measure(network: nn.Module, batch: MicroBatch, manner: Manner) -> dict[str, Tensor]:
     """Log-probabilities of the batch's responses.
 
     Args:
         network: a causal language model, bare or wrapped by an engine or by adapters; called once.
         batch: B groups of K responses.
-        flat: one row with one copy of each prompt; otherwise a padded sequence for each response, for architectures
-            whose layers carry a state from token to token.
 
     Returns:
         `policy` (B, K), nats, and `policy_tokens` (B, K, T), nats, 0 beyond a response's end; both fp32.
     """
-    logits = _flat_logits(network, batch) if flat else _padded_logits(network, batch)
-    tokens = token_logprobs(logits, batch.targets)
-    prompts, responses = batch.shape
-    policy = sum_by(tokens, batch.response, prompts * responses).view(prompts, responses)
-    width = int(batch.slot.max()) + 1
-    spread = tokens.new_zeros(prompts * responses, width).index_put((batch.response, batch.slot), tokens)
-    return {"policy": policy, "policy_tokens": spread.view(prompts, responses, width)}
+    inputs, keep = _flat(batch) if manner.flat else _padded(batch)
+    if manner.transform is not None:
+        scoring = Scoring(keep, batch.targets, manner.transform, manner.logits)
+        tokens = network(**inputs, use_cache=False, align_scoring=scoring)
+    elif manner.flat:
+        tokens = token_logprobs(network(**inputs, use_cache=False, logits_to_keep=keep).logits[0], batch.targets)
+    else:
+        logits = network(**inputs, use_cache=False).logits
+        tokens = token_logprobs(logits.flatten(0, 1)[keep], batch.targets)
+    different = sum(len(span.responses) for span in batch.layout.spans)
+    spread = tokens.new_zeros(different, batch.longest).index_put((batch.response, batch.slot), tokens)
+    return {"policy": sum_by(tokens, batch.response, different)[batch.member], "policy_tokens": spread[batch.member]}
 
 
-def _flat_logits(network: nn.Module, batch: MicroBatch) -> Tensor:
+def _flat(batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
     # A mask with four dimensions is handed to every layer unread; without one, transformers would guess the borders
     # of packed sequences from the positions and guess wrong, because responses share their prompt's positions.
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
-    output = network(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=unread,
-        logits_to_keep=batch.keep,
-        align_layout=batch.layout,
-        use_cache=False,
-    )
-    return output.logits[0]
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": unread}
+    return inputs | {"align_layout": batch.layout}, batch.keep
 
 
-def _padded_logits(network: nn.Module, batch: MicroBatch) -> Tensor:
+def _padded(batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
     ids: list[Tensor] = []
     keep: list[Tensor] = []
     row = batch.input_ids[0]
@@ -186,15 +209,14 @@ def _padded_logits(network: nn.Module, batch: MicroBatch) -> Tensor:
     for place, sequence in enumerate(ids):
         padded[place, : len(sequence)] = sequence
         mask[place, : len(sequence)] = 1
-    logits = network(input_ids=padded, attention_mask=mask, use_cache=False).logits
-    return logits[batch.response, torch.cat(keep)]
+    return {"input_ids": padded, "attention_mask": mask}, torch.cat([width * n + k for n, k in enumerate(keep)])
 
 
 @torch.no_grad()
-def flat_rows_error(network: nn.Module, vocabulary: int, device: torch.device) -> float:
-    """Largest difference in nats per token between flat rows and padded sequences, on a group of three responses.
+def error_of(network: nn.Module, manner: Manner, vocabulary: int, device: torch.device) -> float:
+    """Largest difference in nats per token from padded sequences and the model's own logits, on three responses.
 
-    It is infinite where the architecture cannot take a flat row at all.
+    It is infinite where the architecture cannot be measured so at all.
     """
     generator = np.random.default_rng(0)
     lengths = (5, 4, 7)
@@ -205,16 +227,16 @@ def flat_rows_error(network: nn.Module, vocabulary: int, device: torch.device) -
         ratings=np.zeros(3, dtype=np.float32),
         where="self-test",
     )
-    batch = flatten([group]).to(device)
+    batch = manner.flatten([group]).to(device)
     try:
-        flat = measure(network, batch, flat=True)["policy_tokens"]
+        found = measure(network, batch, manner)["policy_tokens"]
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError):
         # Its forward knows no `logits_to_keep`, passes no keywords on, or reads the mask.
         return float("inf")
-    padded = measure(network, batch, flat=False)["policy_tokens"]
-    return float((flat - padded).abs().max())
+    padded = measure(network, batch, Manner(flat=False))["policy_tokens"]
+    return float((found - padded).abs().max())
 
 
 def read_architecture(model: Model) -> Any:

@@ -1,0 +1,220 @@
+"""From states to log-probabilities of tokens: the output head in chunks, so that logits never fill the memory.
+
+The head scores the response tokens alone. Its products are in the model's dtype, the normalisation is in float32.
+Logits are kept for the backward pass where they fit the budget, and computed again where they do not. A head that is
+not trained needs neither: the gradient of log π(y) with respect to the state does not depend on the loss, which only
+scales it, so it is made while the logits are at hand.
+
+    log π(y | h) = z_y - log Σ_v exp z_v,    z = cap tanh(scale W h / cap)
+    ∂ log π(y | h) / ∂ z = e_y - π
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from align_cli.logprobs import token_logprobs
+
+CACHED = 1 << 20  # elements whose softmax is computed at a time, so that they stay in a CPU's cache
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What a family does to its logits before the softmax: z -> cap tanh(scale z / cap); no cap where it is None."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """In place on fp32 `logits`."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, transformed: Tensor) -> Tensor | float:
+        """Its derivative, from its values."""
+        return self.scale if self.cap is None else (1 - (transformed / self.cap) ** 2) * self.scale
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which states predict which tokens, and how.
+
+    Attributes:
+        keep: (N,) the place of the state among all states of the forward pass, flattened.
+        targets: (N,) the token that it predicts.
+        transform: the family's.
+        budget: bytes of logits at a time.
+    """
+
+    keep: Tensor
+    targets: Tensor
+    transform: Transform
+    budget: int
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """log π(target | state) through the head.
+
+    Args of `apply`:
+        states: (N, H).
+        weight: (V, H).
+        bias: (V,) or None.
+        targets: (N,) int64.
+        transform, budget: as in `Scoring`.
+
+    Returns:
+        (N,) nats; float32, or float64 where the states are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Transform,
+        budget: int,
+    ) -> Tensor:
+        wide = torch.promote_types(states.dtype, torch.float32)
+        trained, wanted = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[0]
+        every = len(weight) * states.element_size()
+        kept = None
+        normaliser = torch.empty(len(states), dtype=wide, device=states.device)
+        found = torch.empty_like(normaliser)
+        unit = torch.empty_like(states) if wanted and not trained else None
+        for chunk in _slices(len(states), budget // every):
+            logits = linear(states[chunk], weight, bias)
+            if trained and len(logits) == len(states):
+                kept = logits
+            for part in _parts(logits):
+                values = transform(logits[part].to(wide, copy=True))
+                rows = slice(chunk.start + part.start, chunk.start + part.stop)
+                normaliser[rows] = torch.logsumexp(values, dim=-1)
+                found[rows] = values.gather(-1, targets[rows, None]).squeeze(-1) - normaliser[rows]
+                if unit is not None:
+                    one = torch.ones_like(found[rows])
+                    logits[part] = _slope(values, targets[rows], normaliser[rows], one, transform)
+            if unit is not None:
+                unit[chunk] = logits @ weight
+        ctx.save_for_backward(states, weight, targets, normaliser, unit)
+        ctx.bias, ctx.told, ctx.kept = bias, (transform, budget), kept
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        states, weight, targets, normaliser, unit = ctx.saved_tensors
+        if unit is not None:
+            return (slope[:, None] * unit).to(states.dtype), None, None, None, None, None
+        (transform, budget), wide, kept = ctx.told, normaliser.dtype, ctx.kept
+        ctx.kept = None  # overwritten below; a second backward pass computes them again
+        d_states = torch.empty_like(states)
+        d_weight = d_bias = None
+        for chunk in _slices(len(states), budget // (len(weight) * states.element_size())):
+            logits = linear(states[chunk], weight, ctx.bias) if kept is None else kept
+            for part in _parts(logits):
+                values = transform(logits[part].to(wide, copy=True))
+                rows = slice(chunk.start + part.start, chunk.start + part.stop)
+                logits[part] = _slope(values, targets[rows], normaliser[rows], slope[rows], transform)
+            torch.mm(logits, weight, out=d_states[chunk])
+            if ctx.needs_input_grad[1]:
+                onto = logits.t() @ states[chunk]
+                d_weight = onto if d_weight is None else d_weight.to(wide).add_(onto)
+            if ctx.needs_input_grad[2]:
+                onto = logits.sum(0, dtype=wide)
+                d_bias = onto if d_bias is None else d_bias + onto
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        if d_bias is not None:
+            d_bias = d_bias.to(weight.dtype)
+        return d_states, d_weight, d_bias, None, None, None
+
+
+def _slope(values: Tensor, targets: Tensor, normaliser: Tensor, weight: Tensor, transform: Transform) -> Tensor:
+    """weight · ∂ log π(target) / ∂ (W h), (n, V); `values`, the transformed logits, are overwritten."""
+    inner = transform.slope(values)
+    wanted = values.sub_(normaliser[:, None]).exp_().mul_(-weight[:, None])
+    wanted.scatter_add_(1, targets[:, None], weight[:, None])
+    return wanted if transform.cap is None and transform.scale == 1.0 else wanted.mul_(inner)
+
+
+def _slices(length: int, most: int) -> Iterator[slice]:
+    return (slice(start, min(start + max(1, most), length)) for start in range(0, length, max(1, most)))
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    """Rows whose softmax is computed at a time: what a cache holds on a CPU, all elsewhere."""
+    return _slices(len(logits), CACHED // logits.shape[1] if logits.device.type == "cpu" else len(logits))
+
+
+class Head(nn.Linear):
+    """An output head that can go on to log-probabilities in its one call, where ZeRO-3 has its weights at hand."""
+
+    def forward(self, input: Tensor, scoring: Scoring | None = None) -> Tensor:
+        """Logits; with `scoring`, the log-probabilities of its targets from all `input` states, (N,) nats."""
+        if scoring is None:
+            return super().forward(input)
+        states = input.reshape(-1, input.shape[-1])[scoring.keep]
+        told = (scoring.targets, scoring.transform, scoring.budget)
+        return HeadLogprobs.apply(states, self.weight, self.bias, *told)  # pyright: ignore[reportReturnType]
+
+
+def install(network: PreTrainedModel) -> bool:
+    """Teach a model the keyword `align_scoring`, with which it returns log-probabilities (N,) in place of logits.
+
+    Returns:
+        False where its head is no plain linear layer; it is left as it is then.
+    """
+    head: Any = network.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    head.__class__ = Head
+    plain = network.forward
+
+    def forward(*arguments: Any, align_scoring: Scoring | None = None, **keywords: Any) -> Any:
+        if align_scoring is None:
+            return plain(*arguments, **keywords)
+        return head(network.get_decoder()(*arguments, **keywords)[0], align_scoring)
+
+    network.forward = update_wrapper(forward, plain)
+    return True
+
+
+@torch.no_grad()
+def transform_of(network: nn.Module, head: nn.Module, device: torch.device) -> Transform | None:
+    """What a model does to its logits, found by feeding it logits that are known; None: it is no `Transform`.
+
+    Args:
+        network: what a forward pass calls; every rank calls it.
+        head: its output head.
+    """
+    # Small values show the slope at 0, large ones the cap; fp32 whatever the model's dtype.
+    known = torch.cat([torch.linspace(-1e4, 1e4, 41), torch.linspace(-1, 1, 41) * 1e-2]).to(device)
+    hook = head.register_forward_hook(lambda *_: known.expand(1, 1, -1).clone())
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    try:
+        found = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.reshape(-1)
+    finally:
+        hook.remove()
+    if found.shape != known.shape:
+        return None
+    found = found.float()
+    scale = float(found[-1] / known[-1])
+    most = float(found[:41].abs().max())
+    for guess in (Transform(1.0), Transform(scale), Transform(scale, most)):
+        if torch.allclose(guess(known.clone()), found, rtol=1e-5, atol=0):
+            return guess
+    return None
+
+
+def plain_logprobs(logits: Tensor, scoring: Scoring) -> Tensor:
+    """The same from the model's own logits (..., V) of all states: whole, transformed by the model itself."""
+    return token_logprobs(logits.reshape(-1, logits.shape[-1])[scoring.keep], scoring.targets)
