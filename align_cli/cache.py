@@ -244,10 +244,7 @@ class Folder:
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Write within the block; the first failure is said, and nothing is written after it."""
-        if not self.writable:
-            yield
-            return
+        """Write within the block, while `writable`; the first failure is said and the last."""
         try:
             yield
         except OSError as error:
@@ -341,8 +338,8 @@ class Folder:
     # --- where the figures are from
 
     def describe(self, origin: Mapping[str, str | int | None]) -> None:
-        """Note once what the figures were measured with."""
-        if self.writable and not (self.folder / "origin.json").exists():
+        """Note what the figures are measured with; the last run knows best where its model lies."""
+        if self.writable and read_origin(self.folder) != dict(origin):
             with self.attempt():
                 write(self.folder / "origin.json", json.dumps(dict(origin), indent=1).encode())
 

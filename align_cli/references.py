@@ -31,7 +31,8 @@ Say = Callable[[str], None]
 
 _VERSION = 3  # of what is stored; raise it when the meaning of a stored figure changes
 CHUNK = 1024  # groups looked up at a time
-FIRST, MOST = 64, 2048  # groups measured before the first write, and at most between two
+FIRST = 32  # groups of each rank that are measured before the first write
+FEWEST, MOST = 8, 2048  # groups of each rank between two writes
 PERIOD = 30.0  # seconds between two writes; a killed run measures again what it did in them
 
 
@@ -153,7 +154,7 @@ class Cached:
             self.found += int(store.responses[indices].sum())
             self.seconds += time.perf_counter() - begun
             return
-        self.fill(engine, (store[index] for index in indices.tolist()), budget=budget, say=say)
+        self.fill(engine, (store[int(index)] for index in indices), budget=budget, say=say)
         if len(indices) == len(store) and self.writes:
             self.kept.cover(store.digest)
 
@@ -214,7 +215,8 @@ class Cached:
             values[place] = figure
         self._commit(groups, values)
         longest = max(seconds for *_, seconds in shares)
-        self.capacity = int(np.clip(len(groups) * PERIOD / max(longest, 1e-3), FIRST, MOST)) * distributed.world()
+        self.capacity = int(np.clip(len(groups) * PERIOD / max(longest, 1e-3) / distributed.world(), FEWEST, MOST))
+        self.capacity *= distributed.world()
 
     def _commit(self, groups: Sequence[Group], values: Figures) -> None:
         told = [content(group) for group in groups]

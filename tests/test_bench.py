@@ -339,6 +339,7 @@ def test_the_gate_asks_for_losses_that_move_and_agree_and_for_one_direction() ->
     assert not gate.judge([0.6931, 0.70, 0.68], [0.6931, 0.7002, 0.68], 0.999999)["passed"]
     assert not gate.judge([0.6931, 0.70, 0.68], [0.6931, 0.70, 0.68], 0.99998)["passed"]
     assert not gate.judge([0.6931, 0.6931, 0.6931], [0.6931, 0.6931, 0.6931], 1.0)["passed"]
+    assert not gate.judge([0.6931, 0.6934, 0.6932], [0.6931, 0.69346, 0.6932], 1.0)["passed"]  # a fifth of the way
     assert not gate.judge([0.6931, float("nan"), 0.6], [0.6931, 0.7, 0.6], 1.0)["passed"]
 
 

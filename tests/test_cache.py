@@ -353,6 +353,7 @@ def test_a_slow_model_writes_more_often(engine: TorchEngine, tmp_path: Path, mon
     clock = itertools.count()
     monkeypatch.setattr(references.time, "perf_counter", lambda: 20.0 * next(clock))  # a shard takes 20 s
     monkeypatch.setattr(references, "FIRST", 4)
+    monkeypatch.setattr(references, "FEWEST", 1)
     cached = Cached(tmp_path)
     cached.fill(engine, some_groups(30, 1), budget=1000, say=silent)
     # 4 groups in 20 s are 6 in 30 s, and then 9, and the 11 that are left

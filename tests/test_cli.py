@@ -91,6 +91,10 @@ def test_cfg_prints_the_composed_configuration(capsys: pytest.CaptureFixture[str
         ("align train recipes=nca/ultrai", {"recipes=nca/ultrainteract"}),
         ("align show algo/nc", {"algo/nca"}),
         ("align ls rec", {"recipes"}),
+        ("align score algo=nc", {"algo=nca"}),
+        ("align cache ", {"ls", "verify", "gc"}),
+        ("align cache v", {"verify"}),
+        ("align cache ls ", set()),
         ("align doctor ", set()),
     ],
 )

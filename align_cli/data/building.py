@@ -80,8 +80,7 @@ class Build:
             try:
                 if isinstance(row, RowError):
                     raise row
-                record = convert(row, where)
-                self.note(convert, row)
+                record = self.detected(row, where) if convert is schemas.record else convert(row, where)
             except RowError as error:
                 self.refuse(where, error)
                 continue
@@ -89,14 +88,14 @@ class Build:
             if kept is not None:
                 yield kept
 
-    def note(self, convert: Convert, row: Row) -> None:
-        """Count the schema of a row where it is detected, and say it aloud at the first."""
-        if convert is not schemas.record:
-            return
+    def detected(self, row: Row, where: str) -> Record:
+        """The record of a row whose schema is detected, which is counted and at the first one said aloud."""
         schema = schemas.detect(row)
+        record = schemas.SCHEMAS[schema].record(row, where)
         if schema not in self.found:
             self.say(f"rows have the schema {schema}: {schemas.SCHEMAS[schema].about} (data.format overrides)")
         self.found[schema] += 1
+        return record
 
     def refuse(self, where: str, error: RowError) -> None:
         """Count a malformed row. Raises UserError beyond `data.bad_rows`."""

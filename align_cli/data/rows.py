@@ -22,6 +22,7 @@ from align_cli.errors import UserError
 Labelled = tuple[str, Row | RowError]
 
 BATCH = 256  # rows of a Parquet file held at a time
+BUFFER = 1 << 20  # bytes of a column of a Parquet file held at a time
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -197,7 +198,8 @@ def parquet(file: Path) -> Iterator[Labelled]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file) as opened_file:
+        # Without a buffer it holds the columns of a row group, which may be the whole file.
+        with pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER) as opened_file:
             batches = opened_file.iter_batches(batch_size=BATCH)
             yield from numbered(file, (row for batch in batches for row in batch.to_pylist()))
     except pyarrow.ArrowInvalid as error:
@@ -207,7 +209,8 @@ def parquet(file: Path) -> Iterator[Labelled]:
 def arrow(file: Path) -> Iterator[Labelled]:
     import pyarrow
 
-    with pyarrow.memory_map(str(file)) as source:
+    # Read, not mapped: pages of a map count as the process's own memory.
+    with pyarrow.OSFile(str(file)) as source:
         try:
             batches: Iterable[pyarrow.RecordBatch] = pyarrow.ipc.open_stream(source)
         except pyarrow.ArrowInvalid:

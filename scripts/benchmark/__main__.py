@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmark import contenders, flops, gate, groups, machine, picture, plan, processes, results, table
 from benchmark.contenders import ROOT, WORK, Record, Tuning
-from benchmark.lengths import Lengths, draw, fixed
+from benchmark.lengths import Lengths, draw, shortened
 from benchmark.plan import ALIGN, SHIPPED, TUNED, Case
 from benchmark.shapes import SHAPES
 
@@ -345,15 +345,15 @@ def epoch_order(rows: int) -> list[int]:
 
 
 def gate_cases(cases: Sequence[Case]) -> list[Case]:
-    """Pairs on each model and K = 4 on the first, in few groups; short ones on the models after the first."""
-    first = {case.shape.name: case for case in reversed(cases) if case.part == "target"}
+    """Pairs on each model and K = 4 on the first, in few and short groups whose lengths differ as the case's do."""
+    first: dict[str, Case] = {}
+    for case in cases:
+        first.setdefault(case.shape.name, case)
     found: list[Case] = []
-    for name in dict.fromkeys(case.shape.name for case in cases if case.shape.name in first):
-        case = first[name]
-        lengths = fixed(64, 96) if found else case.table
-        found.append(Case("gate", case.shape, lengths, 2, 2, gate.STEPS - 1, (), 1))
-        if len(found) == 1:
-            found.append(Case("gate", case.shape, fixed(64, 96), 4, 2, gate.STEPS - 1, (), 1))
+    for case in first.values():
+        lengths = shortened(case.table, 4)
+        for responses in (2,) if found else (2, 4):
+            found.append(Case("gate", case.shape, lengths, responses, 2, gate.STEPS - 1, (), 1))
     return found
 
 
@@ -381,7 +381,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
     kind = "quick" if given.quick else "smoke" if given.smoke else "full"
-    path = RESULTS / f"{given.name or kind}.json"
+    folder = WORK if given.smoke else RESULTS
+    path = folder / f"{given.name or kind}.json"
     if not given.show:
         make = {"quick": plan.quick, "smoke": plan.smoke, "full": plan.full}[kind]
         repeats = given.repeats or {"quick": 2, "smoke": 1, "full": 5}[kind]

@@ -20,9 +20,11 @@ from benchmark.plan import ALIGN, Case
 STEPS = 3
 LOSS = 1e-4  # largest difference of a step's loss
 COSINE = 0.99999  # least cosine between the gradients
-# A learning rate and a β at which the losses of three steps move far more than LOSS allows them to differ.
-RATE = 1e-4
-BETA = 1.0
+MOVEMENT = 0.1  # largest difference as a share of how far the losses move: where they stand still, equality is nothing
+# Learning rates at which the losses of three steps move far more than the rounding of a sum of log-probabilities.
+# AdamW's first steps have the sign of each slope, which rounding decides where a slope is nearly 0: at much larger
+# rates two exact implementations drift apart.
+RATES = {"tiny": 1e-4, "30M": 1e-5, "135M": 5e-6}
 
 
 class Disagreement(Exception):
@@ -35,7 +37,8 @@ def hold(case: Case, *, model: Path, rows: Path, order: list[int]) -> dict[str, 
     Raises:
         Disagreement: they differ, or one of them fails.
     """
-    more = ("engine.precision=fp32", f"train.lr={RATE}", f"algo.beta={BETA}", "checkpoint.every=1", "checkpoint.keep=9")
+    rate = RATES[case.shape.name]
+    more = ("engine.precision=fp32", f"train.lr={rate}", "checkpoint.every=1", "checkpoint.keep=9")
     ended, _ = contenders.run_align(case, ALIGN, model=model, rows=rows, more=more)
     if ended.code != 0:
         raise Disagreement(f"align failed on {case.name}:\n{ended.tail()}")
@@ -47,7 +50,7 @@ def hold(case: Case, *, model: Path, rows: Path, order: list[int]) -> dict[str, 
     tuning = Tuning(micro_batch=1, weights="float32")
     job = contenders.peer_job(case, model=model, rows=rows, order=order, tuning=tuning)
     gradient = WORK / "gradient.safetensors"
-    job |= {"autocast": False, "lr": RATE, "beta": BETA, "gradient": str(gradient), "fp32_products": "highest"}
+    job |= {"autocast": False, "lr": rate, "gradient": str(gradient), "fp32_products": "highest"}
     ended, told = contenders.run_peer(job, tuning=tuning)
     if ended.code != 0:
         raise Disagreement(f"TRL failed on {case.name}:\n{ended.tail()}")
@@ -67,12 +70,13 @@ def hold(case: Case, *, model: Path, rows: Path, order: list[int]) -> dict[str, 
 
 
 def judge(ours: list[float], theirs: list[float], cosine: float) -> dict[str, Any]:
-    """Whether losses and gradients agree; losses that stand still would prove nothing and do not pass."""
+    """Whether losses and gradients agree, the losses also beside how far they move."""
     apart = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
     moved = max(ours) - min(ours)
-    agree = all(difference <= LOSS for difference in apart)  # which is false of one that is no number
+    allowed = min(LOSS, MOVEMENT * moved)
+    agree = all(difference <= allowed for difference in apart)  # which is false of one that is no number
     return {
-        "passed": agree and cosine >= COSINE and moved > 2 * LOSS,
+        "passed": agree and cosine >= COSINE and moved > 0,
         "losses_align": ours,
         "losses_trl": theirs,
         "largest_difference": max(apart),

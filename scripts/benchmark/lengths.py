@@ -5,7 +5,7 @@ after the cut. Few groups are timed, so lengths are the quantiles of the distrib
 a dozen groups then have the mean and the tail of thousands.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -66,6 +66,17 @@ def fixed(prompt: int, response: int) -> Table:
     total = 2 * (prompt + response)
     name = f"P = {prompt}, R = {response}"
     return Table(name, prompt, response, 0.1, 0.1, total, total, "set")
+
+
+def shortened(table: Table, by: int) -> Table:
+    """The same kind of data with all lengths divided, for checks that need no length."""
+    return replace(
+        table,
+        prompt=max(8, table.prompt / by),
+        response=max(8, table.response / by),
+        prompt_cut=max(24, table.prompt_cut // by),
+        total_cut=max(48, table.total_cut // by),
+    )
 
 
 @dataclass(frozen=True)

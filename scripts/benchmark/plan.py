@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from benchmark.lengths import SHORT, ULTRAFEEDBACK, ULTRAINTERACT, Table, fixed
+from benchmark.lengths import SHORT, ULTRAFEEDBACK, ULTRAINTERACT, Table, fixed, shortened
 from benchmark.shapes import SHAPES, Shape
 
 SEED = 0
@@ -168,16 +168,9 @@ def smoke(repeats: int) -> list[Case]:
     tiny = SHAPES["tiny"]
 
     def little(case: Case) -> Case:
-        table = case.table
         if case.part == "dataset":
-            return replace(case, timed=case.timed // 16)
-        cut = replace(
-            table,
-            prompt=max(8, table.prompt / 16),
-            response=max(8, table.response / 16),
-            prompt_cut=max(24, table.prompt_cut // 16),
-            total_cut=max(48, table.total_cut // 16),
-        )
+            return replace(case, timed=case.timed // 4)
+        cut = shortened(case.table, 16)
         return replace(case, shape=tiny, table=cut, groups=4)
 
     cases = [

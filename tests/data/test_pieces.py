@@ -41,10 +41,9 @@ def by_pattern(pattern: str) -> PreTrainedTokenizerFast:
 
 def spaced() -> PreTrainedTokenizerBase:
     """With added tokens that are runs of spaces, as GPT-NeoX has."""
-    tokenizer = wrapped(made_backend(), bos=False)
-    for width in (2, 3, 4):
-        tokenizer.add_tokens(AddedToken(" " * width, normalized=True))
-    return tokenizer
+    backend = made_backend()
+    backend.add_tokens([AddedToken(" " * width, normalized=True) for width in (2, 3, 4)])
+    return wrapped(backend, bos=False)
 
 
 def made_backend() -> Tokenizer:
