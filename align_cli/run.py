@@ -103,7 +103,7 @@ def _refuse_unfit(experiment: Experiment, store: Store, held_out: Store) -> None
             "algo=sft learns from one."
         )
     told = read_architecture(experiment.model).to_dict()
-    largest = int(store.tokens.max())
+    largest = store.largest
     if isinstance(told.get("vocab_size"), int) and largest >= told["vocab_size"]:
         raise UserError(
             f"model.path={experiment.model.path}: its tokenizer gives token {largest}, its weights know "

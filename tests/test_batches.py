@@ -1,6 +1,7 @@
 """Micro-batches: membership of steps, the deal to ranks, the flat row and the masks of its attention."""
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,15 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from align_cli.data.batches import (
+    Layout,
+    Measured,
+    Part,
     Span,
     flatten,
-    lay_out,
     members,
     order,
     split,
     steps_per_epoch,
 )
-from align_cli.data.store import Group
+from align_cli.data.store import Group, Store
 
 sizes = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 5)), min_size=1, max_size=40)
 
@@ -29,17 +32,22 @@ def test_a_step_is_dealt_out_whole_and_evenly(
 ) -> None:
     tokens = np.array([size for size, _ in sizes])
     responses = np.array([k for _, k in sizes])
+    prompts = np.array(data.draw(st.lists(st.integers(0, 8), min_size=len(sizes), max_size=len(sizes))))
+    own = 1 + prompts % 3  # tokens of a prompt
+    lengths = Measured(prompts, own, tokens, responses)
     chosen = data.draw(st.lists(st.sampled_from(range(len(sizes))), min_size=1, unique=True))
-    shares = split(chosen, tokens, responses, ranks=ranks, budget=budget)
+    shares = split(chosen, lengths, ranks=ranks, budget=budget)
     assert len(shares) == ranks
     assert len({len(share) for share in shares}) == 1  # ZeRO-3 meets in every forward pass
     counted = [part for share in shares for part in share if part.counted]
     assert sorted(group for part in counted for group in part.groups) == sorted(chosen)
     for part in itertools.chain.from_iterable(shares):
         assert len({int(responses[group]) for group in part.groups}) == 1
-        assert len(part.groups) == 1 or tokens[list(part.groups)].sum() <= budget
+        inside = list(part.groups)
+        once = dict(zip(prompts[inside].tolist(), own[inside].tolist(), strict=True))  # prompts that groups share
+        assert len(inside) == 1 or tokens[inside].sum() + sum(once.values()) <= budget
         assert part.counted or set(part.groups) <= set(chosen)
-    assert shares == split(list(reversed(chosen)), tokens, responses, ranks=ranks, budget=budget)
+    assert shares == split(list(reversed(chosen)), lengths, ranks=ranks, budget=budget)
 
 
 @settings(deadline=None)
@@ -47,30 +55,63 @@ def test_a_step_is_dealt_out_whole_and_evenly(
 def test_no_rank_has_much_more_to_do_than_another(sizes: list[tuple[int, int]], ranks: int) -> None:
     tokens = np.array([size for size, _ in sizes])
     responses = np.array([k for _, k in sizes])
-    shares = split(range(len(sizes)), tokens, responses, ranks=ranks, budget=10**9)
+    lengths = Measured(np.arange(len(sizes)), np.zeros_like(tokens), tokens, responses)
+    shares = split(range(len(sizes)), lengths, ranks=ranks, budget=10**9)
     loads = [sum(int(tokens[list(part.groups)].sum()) for part in share if part.counted) for share in shares]
     # The least loaded rank takes the next group, so that none is ahead by more than the group it took last.
     assert max(loads) - min(loads) <= tokens.max()
 
 
-@given(groups=st.integers(1, 50), prompts=st.integers(1, 20), seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
-def test_every_epoch_is_a_permutation_in_steps_of_equal_size(groups: int, prompts: int, seed: int, epoch: int) -> None:
-    per_epoch = steps_per_epoch(groups, prompts)
+@dataclass(frozen=True, eq=False)
+class Stocked:
+    """As much of a store as membership knows: the prompt of each group."""
+
+    prompts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def stocked(prompts: list[int] | range) -> Store:
+    return Stocked(np.array(prompts, dtype=np.int32))  # pyright: ignore[reportReturnType]
+
+
+@given(
+    groups=st.lists(st.integers(0, 9), min_size=1, max_size=50),
+    prompts=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+    epoch=st.integers(0, 5),
+    together=st.booleans(),
+)
+def test_every_epoch_is_a_permutation_in_steps_of_equal_size(
+    groups: list[int], prompts: int, seed: int, epoch: int, together: bool
+) -> None:
+    store = stocked([list(dict.fromkeys(groups)).index(each) for each in groups])
+    per_epoch = steps_per_epoch(len(store), prompts)
     first = epoch * per_epoch + 1
-    found = [members(groups, step, prompts=prompts, seed=seed) for step in range(first, first + per_epoch)]
-    assert sorted(np.concatenate(found).tolist()) == list(range(groups))
+    found = [
+        members(store, step, prompts=prompts, seed=seed, together=together) for step in range(first, first + per_epoch)
+    ]
+    drawn = np.concatenate(found)
+    assert sorted(drawn.tolist()) == list(range(len(store)))
+    if together:  # each prompt once, with all its groups
+        assert len(list(itertools.groupby(store.prompts[drawn].tolist()))) == len(set(groups))
     assert all(len(each) == prompts for each in found[:-1])
     assert 1 <= len(found[-1]) <= prompts
 
 
 def test_membership_depends_on_seed_and_epoch_alone() -> None:
-    first = members(100, 3, prompts=10, seed=1)
+    def drawn(step: int, seed: int) -> np.ndarray:
+        return members(store, step, prompts=10, seed=seed, together=True)
+
+    store = stocked(range(100))
+    first = drawn(3, 1)
     order.cache_clear()
     np.random.default_rng(5)
-    members(100, 95, prompts=10, seed=7)
-    assert np.array_equal(members(100, 3, prompts=10, seed=1), first)
-    assert not np.array_equal(members(100, 3, prompts=10, seed=2), first)
-    assert not np.array_equal(members(100, 13, prompts=10, seed=1), first)
+    drawn(95, 7)
+    assert np.array_equal(drawn(3, 1), first)
+    assert not np.array_equal(drawn(3, 2), first)
+    assert not np.array_equal(drawn(13, 1), first)
 
 
 @st.composite
@@ -162,7 +203,7 @@ def test_padding_of_buckets_stays_below_what_they_compute() -> None:
         found.append(Span(place, prompt, lengths))
         place += prompt + sum(lengths)
     useful = sum(s.prompt**2 + sum(length * (s.prompt + length) for length in s.responses) for s in found)
-    computed = sum(bucket.allowed.numel() for bucket in lay_out(found).buckets)
+    computed = sum(bucket.allowed.numel() for bucket in Layout(tuple(found), torch.device("cpu")).buckets)
     assert useful <= computed < 2 * useful
 
 
@@ -170,6 +211,41 @@ def test_a_batch_moves_whole() -> None:
     groups = [Group(0, np.array([3, 4], np.int32), (np.array([5], np.int32),), np.zeros(1, np.float32), "here")]
     moved = flatten(groups, counted=False).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
-    tensors += [moved.layout.home, *(t for bucket in moved.layout.buckets for t in vars(bucket).values())]
+    assert moved.layout.device == torch.device("meta")
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert not moved.counted and moved.groups == tuple(groups)
+
+
+def group(prompt: list[int], responses: list[list[int]], where: str) -> Group:
+    arrays = tuple(np.array(response, dtype=np.int32) for response in responses)
+    return Group(0, np.array(prompt, dtype=np.int32), arrays, np.arange(len(arrays), dtype=np.float32), where)
+
+
+def test_what_groups_of_a_prompt_share_is_in_the_row_once() -> None:
+    first = group([3, 4], [[5, 6], [7]], "first")
+    again = group([3, 4], [[7], [8, 8, 8]], "again")
+    other = group([9], [[7], [5, 6]], "other")
+    batch = flatten([first, other, again])
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 8, 8, 9, 7, 5, 6]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 2, 3, 4, 0, 1, 1, 2]]
+    assert batch.member.tolist() == [[0, 1], [3, 4], [1, 2]]
+    assert batch.lengths.tolist() == [[2, 1], [1, 2], [1, 3]]
+    assert batch.targets.tolist() == [5, 6, 7, 8, 8, 8, 7, 5, 6]
+    assert batch.keep.tolist() == [1, 2, 1, 1, 5, 6, 8, 8, 10]
+    assert batch.response.tolist() == [0, 0, 1, 2, 2, 2, 3, 4, 4]
+    assert batch.shape == (3, 2)
+
+
+def test_a_row_without_sharing_repeats_the_prompt_for_each_response() -> None:
+    pair = group([3, 4], [[5, 6], [7]], "pair")
+    batch = flatten([pair, pair], share=False)
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 3, 4, 7] * 2]
+    assert batch.member.tolist() == [[0, 1], [2, 3]]
+
+
+def test_groups_of_a_prompt_go_together_as_far_as_the_budget_allows() -> None:
+    prompts, tens = np.array([0, 1, 0, 1, 0, 2]), np.full(6, 10)
+    lengths = Measured(prompts, tens, tens, np.full(6, 2))
+    shares = split(range(6), lengths, ranks=1, budget=30)
+    assert sorted(part.groups for part in shares[0]) == [(0, 2), (1, 3), (4,), (5,)]  # 10 + 2 x 10
+    assert split(range(6), lengths, ranks=1, budget=90) == [[Part((0, 2, 4, 1, 3, 5))]]

@@ -72,7 +72,7 @@ def some_groups(count: int, responses: int = 3) -> list[Group]:
 
 @pytest.fixture
 def engine(tiny_model: Path) -> TorchEngine:
-    section = Model(name="hf", path=str(tiny_model), revision=None, rows="auto", architecture=None)
+    section = Model(name="hf", path=str(tiny_model), revision=None, rows="auto", head="auto", architecture=None)
     return TorchEngine(
         load_model(section, dtype=torch.float32, bits=None), CPU, manner=Manner(flat=True), optimizer=OPTIMIZER
     )
@@ -433,7 +433,7 @@ def one_disk_is_full(rank: int, engine: TorchEngine, tmp_path: Path) -> None:
 
 def as_rank(model: str, tmp_path: str) -> None:
     """What each of two processes does."""
-    section = Model(name="hf", path=model, revision=None, rows="auto", architecture=None)
+    section = Model(name="hf", path=model, revision=None, rows="auto", head="auto", architecture=None)
     network = load_model(section, dtype=torch.float32, bits=None)
     distributed.join(CPU)
     for scenario in (shared_folder, folders_apart, one_disk_is_full):

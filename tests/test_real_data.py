@@ -144,7 +144,7 @@ def test_all_rows_of_a_file_are_accounted_for(
     from align_cli.models.causal import Model, load_tokenizer
 
     tree = config.compose("train", ["data=file", f"data.path={FOLDER / file}", "data.bad_rows=1"])
-    section = Model(name="hf", path=str(model), revision=None, rows="auto", architecture=None)
+    section = Model(name="hf", path=str(model), revision=None, rows="auto", head="auto", architecture=None)
     options = config.build(Data, tree["data"])
     train, held_out = prepare(
         options, load_tokenizer(section), seed=0, cache=tmp_path, say=lambda text: None, pairwise=False

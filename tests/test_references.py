@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, adapter: Adapter = FULL) -> TorchEngine:
-    section = Model(name="hf", path=str(folder), revision=None, rows="auto", architecture=None)
+    section = Model(name="hf", path=str(folder), revision=None, rows="auto", head="auto", architecture=None)
     network = attach(load_model(section, dtype=torch.float32, bits=None), adapter, seed=0)
     return TorchEngine(network.train(), CPU, manner=Manner(flat=True), optimizer=OPTIMIZER)
 

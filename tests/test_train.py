@@ -117,7 +117,7 @@ def test_prompts_of_different_k_share_a_step(tiny_model: Path, ragged_file: Path
     given = overrides(tiny_model, ragged_file, tmp_path / "run", "algo=info_nca", "train.steps=1")
     assert align("train", *given) == 0
     store = run.prepare(small_runs.read(given)).train
-    ks = [len(store[index].responses) for index in members(len(store), 1, prompts=4, seed=0).tolist()]
+    ks = [len(store[index].responses) for index in members(store, 1, prompts=4, seed=0, together=True).tolist()]
     assert set(ks) == {2, 4}
     # InfoNCA's value at the reference is log K
     assert losses(tmp_path / "run") == pytest.approx([np.log(ks).mean()], rel=1e-6)
@@ -136,7 +136,7 @@ def test_sft_averages_over_the_tokens_of_the_step(tiny_model: Path, ragged_file:
     given = overrides(tiny_model, ragged_file, tmp_path / "run", "algo=sft", "train.steps=1", "engine.micro_tokens=60")
     assert align("train", *given) == 0
     store = run.prepare(small_runs.read(given)).train
-    groups = [store[index] for index in members(len(store), 1, prompts=4, seed=0).tolist()]
+    groups = [store[index] for index in members(store, 1, prompts=4, seed=0, together=True).tolist()]
     nats = -sum(sum(small_runs.logprobs(tiny_model, group)) for group in groups)
     tokens = sum(len(response) for group in groups for response in group.responses)
     assert losses(tmp_path / "run") == pytest.approx([nats / tokens], abs=1e-5)
@@ -254,7 +254,7 @@ def test_a_random_part_is_noticed(
 
 
 def test_the_dropout_of_a_model_is_silenced(tiny_model: Path) -> None:
-    model = causal.Model(name="hf", path=str(tiny_model), revision=None, rows="auto", architecture=None)
+    model = causal.Model(name="hf", path=str(tiny_model), revision=None, rows="auto", head="auto", architecture=None)
     network = causal.load_model(model, dtype=torch.float32, bits=None)
     network.model.layers[0].extra = nn.Dropout(0.3)  # pyright: ignore
     causal.silence_dropout(network)
@@ -294,7 +294,8 @@ def test_a_gradient_that_is_no_number_is_never_saved(
 
 
 def options(schedule: str, warmup: float) -> Train:
-    return Train(steps=None, epochs=1, prompts=1, lr=0.5, schedule=schedule, warmup_ratio=warmup)  # pyright: ignore
+    told = {"steps": None, "epochs": 1, "prompts": 1, "together": True, "lr": 0.5}
+    return Train(**told, schedule=schedule, warmup_ratio=warmup)  # pyright: ignore
 
 
 def test_the_learning_rate_rises_and_falls_as_its_schedule_says() -> None:

@@ -197,7 +197,7 @@ def transform_of(network: nn.Module, head: nn.Module, device: torch.device) -> T
         head: its output head.
     """
     # Small values show the slope at 0, large ones the cap; fp32 whatever the model's dtype.
-    known = torch.cat([torch.linspace(-1e4, 1e4, 41), torch.linspace(-1, 1, 41) * 1e-2]).to(device)
+    known = torch.cat([torch.linspace(-1e4, 1e4, 41), torch.linspace(-1, 1, 41) * 1e-4]).to(device)
     hook = head.register_forward_hook(lambda *_: known.expand(1, 1, -1).clone())
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
