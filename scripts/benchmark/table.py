@@ -37,10 +37,11 @@ def lines(data: Mapping[str, Any]) -> list[str]:
             continue
         for contender, found in contenders.items():
             amortised = found.get("groups_per_second_with_reference", {})
+            first = found["first_step_seconds"]
             share = found.get("share_of_gemm_rate", {}).get("bf16")
             told.append(
                 f"| {name} | {contender} | {found['groups_per_second']['median']:.3g} "
-                f"| {found['logical_tokens_per_second']:,.0f} | {found['first_step_seconds']:.1f} s "
+                f"| {found['logical_tokens_per_second']:,.0f} | {'' if first is None else f'{first:.1f} s'} "
                 f"| {found['peak_gb']:.2f} GB | {_number(amortised.get('1 epoch'))} "
                 f"| {_number(amortised.get('3 epochs'))} | {'' if share is None else f'{share:.0%}'} |"
             )
