@@ -370,6 +370,7 @@ def test_the_readme_gets_the_table_between_its_marks(tmp_path: Path) -> None:
     assert told.startswith(f"before\n\n{table.BEGIN}\n") and told.endswith(f"{table.END}\n\nafter\n")
     assert "old" not in told
     assert told.count("| tiny | TRL tuned | UltraFeedback-like | 2 | **5.50** (5.50 to 5.50) | ≥ 6 |") == 1
+    assert told.count("(scripts/benchmark/results/test.svg)") == 1
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="has no"):
         table.write_readme(readme, data)

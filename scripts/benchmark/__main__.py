@@ -126,7 +126,7 @@ class Bench:
 
     def reference(self, case: Case, tuning: Tuning, purpose: str) -> Path:
         """Where the tuned peer keeps what its first run precomputes, within this benchmark."""
-        name = f"{_slug(case.name)}-{tuning.weights}-{_slug(self.data['started'])}{purpose}.json"
+        name = f"{_slug(case.name)}-{tuning.weights}-{_slug(self.data['started'])}-{purpose}.json"
         folder = WORK / "references"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name

@@ -60,7 +60,7 @@ def lines(data: Mapping[str, Any]) -> list[str]:
 
 
 def write_readme(readme: Path, data: Mapping[str, Any]) -> None:
-    """Put the table between the two marks.
+    """Put the table and the picture between the two marks.
 
     Raises:
         ValueError: the file has not one of each.
@@ -70,7 +70,8 @@ def write_readme(readme: Path, data: Mapping[str, Any]) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{readme} has no {BEGIN} and {END}")
-    readme.write_text("\n".join([before + begin, "", *lines(data), "", end + after]), encoding="utf-8")
+    shown = f"![Ratios, ablations and curves](scripts/benchmark/results/{data['name']}.svg)"
+    readme.write_text("\n".join([before + begin, "", *lines(data), "", shown, "", end + after]), encoding="utf-8")
 
 
 def _expanded(row: Mapping[str, Any]) -> bool:
