@@ -152,12 +152,13 @@ def test_a_changed_setting_takes_the_place_of_the_first() -> None:
     ]
 
 
-def test_the_two_draws_of_a_case_have_the_means_each() -> None:
+def test_the_steps_that_count_have_the_means_whatever_the_warm_ones_are() -> None:
     one = case(table=TABLES["UltraFeedback-like"], groups=4, timed=2)
     lengths = bench.lengths_of(one)
     assert len(lengths.prompts) == one.rows == 12
-    for part in (lengths[:4], lengths[4:]):
-        assert part.means()["prompt"] == pytest.approx(185, abs=0.5)
+    warm, timed = lengths[:4].means(), lengths[4:].means()
+    assert (timed["prompt"], timed["response"]) == (pytest.approx(185, abs=0.5), pytest.approx(305, abs=0.5))
+    assert warm["prompt"] == pytest.approx(185 / plan.WARM, abs=0.5)
 
 
 def test_every_plan_has_names_of_its_own_and_ways_to_run_them() -> None:
@@ -267,9 +268,13 @@ def test_ratios_are_of_neighbours_and_medians_are_of_rounds() -> None:
     assert told["memory"] == {"median": 0.375, "min": 0.25, "max": 0.5, "rounds": 2}
     found = data["figures"]["cases"][case().name][ALIGN]
     assert found["groups_per_second"] == {"median": 1.0, "min": 0.6, "max": 1.5, "rounds": 3}
-    # 1.8 seconds for 9 groups: 0.2 each, beside a second each in training
-    assert found["groups_per_second_with_reference"]["1 epoch"] == pytest.approx(1 / 1.2)
-    assert found["groups_per_second_with_reference"]["3 epochs"] == pytest.approx(1 / (1 + 0.2 / 3))
+    # 1.8 seconds for the tokens of the warm and the timed groups, beside a second for a group in training
+    settings = data["settings"]["cases"][case().name]
+    lengths = bench.lengths_of(case()).unique()
+    each = 1.8 * lengths[3:].mean() / lengths.sum()
+    assert settings["share_of_pass"] == pytest.approx(each / 1.8)
+    assert found["groups_per_second_with_reference"]["1 epoch"] == pytest.approx(1 / (1 + each))
+    assert found["groups_per_second_with_reference"]["3 epochs"] == pytest.approx(1 / (1 + each / 3))
     work = data["settings"]["cases"][case().name]["flops_per_group"]
     assert found["share_of_gemm_rate"]["bf16"] == pytest.approx(work / 1e9)
 
@@ -365,6 +370,7 @@ def test_the_readme_gets_the_table_between_its_marks(tmp_path: Path) -> None:
     assert told.startswith(f"before\n\n{table.BEGIN}\n") and told.endswith(f"{table.END}\n\nafter\n")
     assert "old" not in told
     assert told.count("| tiny | TRL tuned | UltraFeedback-like | 2 | **5.50** (5.50 to 5.50) | ≥ 6 |") == 1
+    assert told.count("(scripts/benchmark/results/test.svg)") == 1
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="has no"):
         table.write_readme(readme, data)

@@ -124,6 +124,13 @@ class Bench:
             self.ask("benchmark.shapes", {"shape": case.shape.name, "folder": str(folder), "seed": plan.SEED})
         return folder
 
+    def reference(self, case: Case, tuning: Tuning, purpose: str) -> Path:
+        """Where the tuned peer keeps what its first run precomputes, within this benchmark."""
+        name = f"{_slug(case.name)}-{tuning.weights}-{_slug(self.data['started'])}-{purpose}.json"
+        folder = WORK / "references"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
     def ask(self, module: str, job: Record) -> Any:
         """The result of a process of the harness's own."""
         folder = WORK / "ask"
@@ -232,6 +239,7 @@ class Bench:
         """Groups per second; 0 where it fails."""
         model, rows, order = self.inputs[case.name]
         job = contenders.peer_job(case, model=model, rows=rows, order=order, tuning=tuning)
+        job["reference"] = str(self.reference(case, tuning, "sweep"))
         for _ in range(ATTEMPTS):
             ended, told = contenders.run_peer(job, tuning=tuning)
             if self.accept_load or ended.others <= contenders.MOST_LOAD:
@@ -268,6 +276,8 @@ class Bench:
         for attempt in range(ATTEMPTS):
             if peer:
                 job = contenders.peer_job(case, model=model, rows=rows, order=order, tuning=tuning)
+                if tuning is not None:
+                    job["reference"] = str(self.reference(case, tuning, "rounds"))
                 ended, told = contenders.run_peer(job, tuning=tuning)
             else:
                 ended, told = contenders.run_align(case, contender, model=model, rows=rows)
@@ -285,6 +295,8 @@ class Bench:
                 return
             if not void:
                 return
+            if tuning is not None and not told["reference_reused"]:  # its pass was disturbed too
+                self.reference(case, tuning, "rounds").unlink()
 
     def tell(self, case: Case, contender: str, number: int, run: Record) -> None:
         label = f"{case.name} · {contender} · round {number + 1} of {case.repeats}"
@@ -318,10 +330,10 @@ class Bench:
         """Seconds of a run, from other runs of the contender, or from the rate of products."""
         name = case.shape.name
         rate = self.data["gemm"]["weighted"].get(name, {}).get("bf16", 2e10)
-        ideal = settings["flops_per_group"] * settings["groups"] / rate
+        ideal = settings["flops"] / rate
         kind = contender if contender in GUESS else ALIGN
         seen = [
-            (run["seconds"] - STARTING) / (told["flops_per_group"] * told["groups"] / rate)
+            (run["seconds"] - STARTING) / (told["flops"] / rate)
             for run in self.data["runs"]
             if run["contender"] == kind and run["code"] == 0
             for told in (self.data["settings"]["cases"][run["case"]],)
@@ -333,7 +345,8 @@ class Bench:
 
 def lengths_of(case: Case) -> Lengths:
     """Two draws, so that the steps that count have the table's means whatever the others are."""
-    warm = draw(case.table, groups=case.groups * case.warm, responses=case.responses, seed=plan.SEED + 1)
+    shape = case.table if case.part in ("dataset", "gate") else shortened(case.table, plan.WARM)
+    warm = draw(shape, groups=case.groups * case.warm, responses=case.responses, seed=plan.SEED + 1)
     return warm + draw(case.table, groups=case.groups * case.timed, responses=case.responses, seed=plan.SEED)
 
 

@@ -133,6 +133,7 @@ def peer_job(case: Case, *, model: Path, rows: Path, order: list[int], tuning: T
         # the switch that sends fp32 products through oneDNN; on a CPU without AMX they stay fp32
         "fp32_products": "highest" if tuning is None else "medium",
         "gradient": None,
+        "reference": None,
         "folder": "",
     }
 
@@ -153,7 +154,8 @@ def run_peer(job: Record, *, tuning: Tuning | None) -> tuple[Ended, Record]:
     if ended.code == 0:
         told |= json.loads(result.read_text(encoding="utf-8"))
         marks = {line: at for at, line in ended.lines if line in ("reference begins", "reference ends")}
-        told["reference_seconds"] = marks["reference ends"] - marks["reference begins"] if marks else None
+        measured = bool(marks) and not told["reference_reused"]
+        told["reference_seconds"] = marks["reference ends"] - marks["reference begins"] if measured else None
     return ended, told
 
 

@@ -10,6 +10,7 @@ What differs from an ordinary use of TRL in all cases: the groups come in a fixe
 sampling), nothing is saved, and a callback says when a step has ended.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,26 @@ class Recorder:
         trainer.compute_loss = recorded  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def timed_reference(trainer: type[DPOTrainer]) -> type[DPOTrainer]:
-    """The same trainer, saying when its pass over the reference begins and ends."""
+def timed_reference(trainer: type[DPOTrainer], kept: Path | None) -> type[DPOTrainer]:
+    """The same trainer, saying when its pass over the reference begins and ends.
+
+    Args:
+        kept: the pass's columns, of an earlier process on the same rows, order and weights; written where absent. The
+            pass does not count, so a benchmark's rounds need it once.
+    """
 
     class Timed(trainer):  # pyright: ignore[reportGeneralTypeIssues]
-        def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            if kept is not None and kept.is_file():
+                for name, values in json.loads(kept.read_text(encoding="utf-8")).items():
+                    dataset = dataset.add_column(name, values)
+                return dataset
             say("reference begins")
-            found = super()._precompute_ref_logps(*args, **kwargs)
+            found = super()._precompute_ref_logps(dataset, *args, **kwargs)
             say("reference ends")
+            if kept is not None:
+                new = [name for name in found.column_names if name not in dataset.column_names]
+                kept.write_text(json.dumps({name: list(found[name]) for name in new}), encoding="utf-8")
             return found
 
     return Timed
@@ -108,7 +121,9 @@ def main() -> None:
         options = {"data_collator": KwiseCollator(pad=tokenizer.pad_token_id)}
         KwiseTrainer.alpha = job["alpha"]
     gradient = Path(job["gradient"]) if job["gradient"] else None
-    trainer = timed_reference(kind)(
+    kept = Path(job["reference"]) if job["reference"] else None
+    reused = kept is not None and kept.is_file()
+    trainer = timed_reference(kind, kept)(
         model=job["model"],
         args=arguments(job, folder),
         train_dataset=data,
@@ -124,6 +139,7 @@ def main() -> None:
     worker.write_result(
         {
             "tokens": groups.digest(_token_ids(trainer.train_dataset)),
+            "reference_reused": reused,
             "losses": recorder.losses if recorder else None,
             "weights": sorted(weights),
             "used": {

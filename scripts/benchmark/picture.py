@@ -63,7 +63,7 @@ def _ratios(place: Any, data: Mapping[str, Any]) -> None:
         place.barh(height, speed["median"], color=colour, height=0.6)
         place.plot([speed["min"], speed["max"]], [height, height], color=INK, linewidth=1)
         place.plot([row["speed_target"]] * 2, [height - 0.38, height + 0.38], color=INK, linewidth=1.5, linestyle=":")
-        place.annotate(f" {speed['median']:.1f}", (speed["max"], height), va="center")
+        place.annotate(f"  {speed['median']:.1f}", (max(speed["max"], row["speed_target"]), height), va="center")
         labels.append(f"{row['against']}\n{row['model']}, {row['lengths']}, K = {row['responses']}")
     place.set_yticks(range(len(rows)), labels, fontsize=7)
     if rows:
@@ -94,7 +94,7 @@ def _ablations(place: Any, data: Mapping[str, Any]) -> None:
     if found:
         place.axvline(1, color=INK, linewidth=1, linestyle=":")
         place.set_xlabel("over those of align as it is")
-        _legend(place)
+        _legend(place, loc="lower center", bbox_to_anchor=(0.5, -0.32), ncols=2)
 
 
 def _ranks(place: Any, data: Mapping[str, Any]) -> None:
@@ -133,6 +133,7 @@ def _over_k(place: Any, data: Mapping[str, Any]) -> None:
         place.set_yscale("log")
         place.set_xlabel("K, UltraFeedback-like lengths")
         place.set_ylabel("groups per second")
+        _plain(place.yaxis)
         _legend(place)
 
 
@@ -141,8 +142,10 @@ def _over_ratio(place: Any, data: Mapping[str, Any]) -> None:
     if _curve(place, data, "P/R"):
         place.set_xscale("log", base=2)
         place.set_yscale("log")
-        place.set_xlabel("tokens of the prompt over tokens of a response (sum 800), K = 2")
+        place.set_xlabel("P over R (sum 800 tokens), K = 2")
         place.set_ylabel("groups per second")
+        _plain(place.xaxis)
+        _plain(place.yaxis)
         _legend(place)
 
 
@@ -162,10 +165,18 @@ def _dataset(place: Any, data: Mapping[str, Any]) -> None:
     _legend(place)
 
 
-def _legend(place: Any) -> None:
+def _plain(axis: Any) -> None:
+    """0.5 and not 5 x 10⁻¹ on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.1g}" if f"{value:.0e}"[0] in "235" else ""))
+
+
+def _legend(place: Any, **where: Any) -> None:
     handles, labels = place.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    place.legend(once.values(), once.keys(), frameon=False, fontsize=8)
+    place.legend(once.values(), once.keys(), frameon=False, fontsize=8, **where)
 
 
 if __name__ == "__main__":

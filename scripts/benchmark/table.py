@@ -37,10 +37,11 @@ def lines(data: Mapping[str, Any]) -> list[str]:
             continue
         for contender, found in contenders.items():
             amortised = found.get("groups_per_second_with_reference", {})
+            first = found["first_step_seconds"]
             share = found.get("share_of_gemm_rate", {}).get("bf16")
             told.append(
                 f"| {name} | {contender} | {found['groups_per_second']['median']:.3g} "
-                f"| {found['logical_tokens_per_second']:,.0f} | {found['first_step_seconds']:.1f} s "
+                f"| {found['logical_tokens_per_second']:,.0f} | {'' if first is None else f'{first:.1f} s'} "
                 f"| {found['peak_gb']:.2f} GB | {_number(amortised.get('1 epoch'))} "
                 f"| {_number(amortised.get('3 epochs'))} | {'' if share is None else f'{share:.0%}'} |"
             )
@@ -59,7 +60,7 @@ def lines(data: Mapping[str, Any]) -> list[str]:
 
 
 def write_readme(readme: Path, data: Mapping[str, Any]) -> None:
-    """Put the table between the two marks.
+    """Put the table and the picture between the two marks.
 
     Raises:
         ValueError: the file has not one of each.
@@ -69,7 +70,8 @@ def write_readme(readme: Path, data: Mapping[str, Any]) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{readme} has no {BEGIN} and {END}")
-    readme.write_text("\n".join([before + begin, "", *lines(data), "", end + after]), encoding="utf-8")
+    shown = f"![Ratios, ablations and curves](scripts/benchmark/results/{data['name']}.svg)"
+    readme.write_text("\n".join([before + begin, "", *lines(data), "", shown, "", end + after]), encoding="utf-8")
 
 
 def _expanded(row: Mapping[str, Any]) -> bool:
