@@ -17,9 +17,10 @@ def digest(settings: list[str], *, cache: Path, steps: int) -> str:
     store, _ = prepare(
         read.data, tokenizer, seed=read.run.seed, cache=cache, say=lambda _: None, pairwise=read.pairwise
     )
+    train = read.train
     met: list[Any] = []
     for step in range(1, steps + 1):
-        for index in members(len(store), step, prompts=read.train.prompts, seed=read.run.seed).tolist():
+        for index in members(store, step, prompts=train.prompts, seed=read.run.seed, together=train.together).tolist():
             group = store[index]
             met.append((group.prompt.tolist(), [response.tolist() for response in group.responses]))
     return groups.digest(met)
