@@ -222,9 +222,8 @@ class Bench:
                 best, speed = Tuning(size, weights), fastest
             else:
                 break
-        if (
-            not same_model
-        ):  # for the record: what keeping memory would give the peer, which its users are not told to do
+        if not same_model:
+            # for the record: what keeping freed memory would give the peer, which its users are not told to do
             self.try_tuning(case, Tuning(best.micro_batch, best.weights, allocator=True), tried)
         done[key] = {
             "model": case.shape.name,
