@@ -98,6 +98,7 @@ def find_manner(
             f"model.rows={model.rows}: {model.path} does not send its attention through transformers' interface. "
             "Use model.rows=auto or padded."
         )
+    say = terminal.say if distributed.rank() == 0 else terminal.silent
     output: Any = network.get_output_embeddings()
     known = None
     if model.head == "auto" and isinstance(output, Head):
@@ -109,10 +110,11 @@ def find_manner(
         if way == Manner(flat=False):  # what all others are held against
             break
         error = max(distributed.gather(error_of(module, way, vocabulary, device)))
-        if error <= ROUNDING[dtype]:
-            break
         head = "the model's own head" if way.transform is None else "the chunked head"
-        told = f"{rows(way)} rows with {head} are {error:.3g} nats per token off"
+        told = f"{rows(way)} rows and {head} are {error:.2g} nats per token off the model's own code"
+        if error <= ROUNDING[dtype]:
+            say(f"self-test: {told}")
+            break
         if model.rows in ("shared", "packed") and way.transform is None:
             raise UserError(f"model.rows={model.rows}: {told} under this architecture. Use model.rows=padded.")
         if distributed.rank() == 0:

@@ -4,10 +4,9 @@ Nothing heavy is imported until a command needs it.
 """
 
 import importlib
-import os
 import sys
 
-from align_cli import exits, terminal
+from align_cli import exits, process, terminal
 from align_cli.commands import COMMANDS
 from align_cli.config import did_you_mean
 from align_cli.errors import UserError
@@ -38,9 +37,7 @@ exit codes: 0 done, 1 failure, 2 a mistake in what was given, 75 stopped by a si
 
 def main() -> None:
     """The console script `align`."""
-    # OpenMP reads this when torch is imported. Threads that wait by spinning make a step five to twenty times slower
-    # as soon as anything else runs on the machine, and save nothing that can be measured where nothing does.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    process.settle()
     sys.exit(exits.guarded(lambda: dispatch(sys.argv[1:])))
 
 

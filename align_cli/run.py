@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -22,6 +23,7 @@ from align_cli.engine import Engine
 from align_cli.errors import RunError, Stopped, UserError
 from align_cli.experiment import Experiment, read
 from align_cli.models.causal import load_tokenizer, read_architecture
+from align_cli.precision import Choice, choose
 from align_cli.references import Cached, Say, rows, weights_digest
 from align_cli.rundir import Scalar
 from align_cli.tracking import Silent, Tracker
@@ -164,16 +166,18 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
     Raises:
         Stopped: a signal asked for it; the run can be resumed.
     """
-    experiment = prepared.experiment
-    device = distributed.local_device(experiment.launch.accelerator)
-    engine = build_engine(experiment, device)
-    checkpoints = Checkpoints(run_dir / "checkpoints", experiment.checkpoint.keep)
+    device = distributed.local_device(prepared.experiment.launch.accelerator)
+    checkpoints = Checkpoints(run_dir / "checkpoints", prepared.experiment.checkpoint.keep)
     latest = checkpoints.latest()
+    progress = Progress() if latest is None else Progress(**latest.state())
+    precision = _precision(prepared, device, progress)
+    experiment = _with_precision(prepared.experiment, precision)
+    prepared = replace(prepared, experiment=experiment)
+    engine = build_engine(experiment, device)
     inputs = _inputs(prepared, engine)
-    progress = Progress(inputs=inputs)
     if latest is not None:
-        progress = Progress(**latest.state())
         _refuse_changes(latest, progress, inputs)
+    progress.inputs, progress.precision = inputs, asdict(precision)
     _introduce(prepared, engine, run_dir, progress)
     method, evaluation, cached = build_methods(prepared, engine, device, inputs["weights"])
     with stop_signals() as stop:
@@ -206,8 +210,10 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
 
 def score(prepared: Prepared) -> None:
     """Measure the reference of everything that the data holds and say so; every rank calls it."""
-    experiment = prepared.experiment
-    engine = build_engine(experiment, distributed.local_device(experiment.launch.accelerator))
+    device = distributed.local_device(prepared.experiment.launch.accelerator)
+    experiment = _with_precision(prepared.experiment, _precision(prepared, device, Progress()))
+    prepared = replace(prepared, experiment=experiment)
+    engine = build_engine(experiment, device)
     cached = assembly.open_cache(experiment, engine, _inputs(prepared, engine)["weights"])
     assembly.fill(cached, prepared, engine, everything=True)
     if distributed.rank() == 0:
@@ -215,6 +221,25 @@ def score(prepared: Prepared) -> None:
             f"reference of {cached.measured + cached.found:,} responses: {cached.measured:,} measured, "
             f"{cached.found:,} found, {cached.seconds:.1f} s; in {cached.kept.folder}"
         )
+
+
+def _precision(prepared: Prepared, device: torch.device, progress: Progress) -> Choice:
+    """What `engine.precision` means here, the same for all ranks and for all sessions of a run; every rank calls it."""
+    wanted = prepared.experiment.engine
+    if progress.precision:
+        return Choice(**progress.precision)
+    if wanted.precision == "auto" and device.type == "cpu":
+        config: Any = read_architecture(prepared.experiment.model)
+        hidden = int(config.hidden_size)
+        intermediate = int(vars(config).get("intermediate_size") or 4 * hidden)
+        return distributed.gather(choose(hidden, intermediate, paths.cache()))[0]
+    precision = "bf16" if wanted.dtype(device) == torch.bfloat16 else "fp32"
+    return Choice(precision, "highest", "" if wanted.precision == "auto" else "engine.precision")
+
+
+def _with_precision(experiment: Experiment, choice: Choice) -> Experiment:
+    torch.set_float32_matmul_precision(choice.products)
+    return replace(experiment, engine=replace(experiment.engine, precision=choice.precision))
 
 
 def _inputs(prepared: Prepared, engine: Engine) -> dict[str, str]:
@@ -280,6 +305,8 @@ def _introduce(prepared: Prepared, engine: Engine, run_dir: Path, progress: Prog
     experiment, store = prepared.experiment, prepared.train
     of = total_steps(experiment.train, len(store))
     dtype = str(experiment.engine.dtype(engine.device)).removeprefix("torch.")
+    if progress.precision["reason"]:
+        dtype += f" ({progress.precision['reason']})"
     trained = sum(p.numel() for p in engine.network.parameters() if p.requires_grad)
     terminal.say(
         f"{experiment.algorithm}: {distributed.world()} rank(s) on {engine.device.type}, {dtype}, "

@@ -161,6 +161,7 @@ class Progress:
         first_loss, last_loss: of the first and the last logged step.
         before: evaluation before the first step.
         inputs: digests of the data and of the starting weights.
+        precision: how matrices are multiplied (`align_cli.precision.Choice`).
     """
 
     step: int = 0
@@ -171,6 +172,7 @@ class Progress:
     last_loss: float = math.nan
     before: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    precision: dict[str, str] = field(default_factory=dict)
 
 
 def train(

@@ -10,7 +10,7 @@ import align_cli
 PACKAGE = Path(align_cli.__file__).parent
 FLOORS = (
     ("losses", "divergences", "logprobs", "metrics", "preferences", "ranges", "errors"),
-    ("columns", "config", "paths", "secrets", "terminal"),
+    ("columns", "config", "paths", "process", "secrets", "terminal"),
     ("data",),
     ("models",),
     (
@@ -18,10 +18,12 @@ FLOORS = (
         "engine",
         "checkpoints",
         "cache",
+        "precision",
         "references",
         "rewards",
         "generation",
         "memory",
+        "precision",
         "statistics",
         "rundir",
     ),
