@@ -1,16 +1,22 @@
 """The chunked head: the plain computation to rounding, whatever its chunks, for every transform and trained or not."""
 
+import copy
+import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from align_cli.logprobs import token_logprobs
 from align_cli.models import head
-from align_cli.models.head import HeadLogprobs, Transform, transform_of
+from align_cli.models.adapters import quiet_peft
+from align_cli.models.head import Head, HeadLogprobs, Scoring, Transform, install, transform_of
 
 TOKENS, WIDTH, VOCABULARY = 37, 24, 301
 TRANSFORMS = (Transform(), Transform(0.3), Transform(1.0, 5.0), Transform(2.0, 3.0))
@@ -140,3 +146,143 @@ def test_what_a_family_does_to_its_logits_is_found_by_asking_it(transform: Trans
 def test_what_is_no_scale_and_no_cap_is_left_to_the_family(function: Any) -> None:
     network = Family(function)
     assert transform_of(network, network.lm_head, CPU) is None
+
+
+# --- in a model
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+SCORED = Scoring(torch.tensor([2, 3, 4, 6]), torch.tensor([7, 1, 5, 6]), Transform(), 3 * 11 * 4)
+
+
+def build(family: str, **more: Any) -> PreTrainedModel:
+    """Two layers over a vocabulary of 11, in float32, with a head that scores."""
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **more,
+    )
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_()  # those of a fresh model are 0
+    return network.eval()
+
+
+def scored(network: nn.Module) -> Tensor:
+    return network(input_ids=IDS, use_cache=False, align_scoring=SCORED)
+
+
+def from_logits(network: nn.Module) -> Tensor:
+    return token_logprobs(network(input_ids=IDS, use_cache=False).logits[0, SCORED.keep], SCORED.targets)
+
+
+@pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("phi", False), ("gpt2", True)])
+def test_a_model_scores_as_its_logits_say_with_all_gradients(family: str, tied: bool) -> None:
+    network = build(family, tie_word_embeddings=tied)
+    assert install(network)
+    output: Any = network.get_output_embeddings()
+    assert (output.weight is network.get_input_embeddings().weight) == tied  # pyright: ignore
+    assert (output.bias is not None) == (family == "phi")
+    parameters = dict(network.named_parameters())
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    found, expected = scored(network), from_logits(network)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    own = torch.autograd.grad((expected * weights).sum(), list(parameters.values()))
+    largest = max(float(slope.abs().max()) for slope in own)
+    slopes = torch.autograd.grad((found * weights).sum(), list(parameters.values()))
+    for name, one, other in zip(parameters, slopes, own, strict=True):
+        assert_close(one, other, rtol=0, atol=1e-5 * largest, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_copy_of_a_model_scores_with_its_own_weights() -> None:
+    network = build("llama")
+    assert install(network)
+    before = scored(network)
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.zero_()
+    assert_close(scored(copied), torch.full((4,), -math.log(11)))
+    assert_close(from_logits(copied), torch.full((4,), -math.log(11)))
+    assert torch.equal(scored(network), before)
+
+
+def test_transformers_sees_the_models_own_signature_and_saves_its_own_class(tmp_path: Path) -> None:
+    network = build("llama")
+    assert install(network)
+    own = inspect.signature(LlamaForCausalLM.forward).parameters
+    assert list(inspect.signature(network.forward).parameters) == list(own)[1:]  # without self
+    network.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(from_logits(again), from_logits(network))
+    drawn = network.generate(IDS, max_new_tokens=3, do_sample=False)  # pyright: ignore[reportCallIssue]
+    assert torch.equal(drawn, again.generate(IDS, max_new_tokens=3, do_sample=False))
+
+
+def test_without_gradient_a_model_scores_the_same_and_keeps_no_graph() -> None:
+    network = build("llama")
+    assert install(network)
+    with torch.no_grad():
+        found = scored(network)
+    assert found.grad_fn is None
+    assert_close(found, scored(network).detach())
+
+
+def adapted(**more: Any) -> nn.Module:
+    """With adapters that change something."""
+    network = build("llama")
+    assert install(network)
+    with quiet_peft():
+        adapters = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", **more))
+    torch.manual_seed(1)
+    for weight in adapters.parameters():
+        if weight.requires_grad:
+            nn.init.normal_(weight)
+    return adapters
+
+
+def test_adapters_below_the_head_are_scored_and_trained() -> None:
+    network = adapted(target_modules=["q_proj", "down_proj"])
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    found, expected = scored(network), from_logits(network)
+    assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    own = torch.autograd.grad(expected.sum(), trained)
+    for one, other in zip(torch.autograd.grad(found.sum(), trained), own, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["adapter", "saved"],
+)
+def test_a_head_that_adapters_replace_is_never_passed_by(more: dict[str, Any]) -> None:
+    network: Any = adapted(**more)
+    assert not isinstance(network.get_output_embeddings(), Head)  # so that a run asks it for logits
+    with pytest.raises(AssertionError, match="adapters took the head's place"):
+        scored(network)
+
+
+@pytest.mark.parametrize("change", ["class", "call"])
+def test_a_head_or_a_call_that_is_not_plain_is_left_alone(change: str) -> None:
+    network: Any = build("llama")
+    if change == "class":
+        network.lm_head = nn.Sequential(network.lm_head)
+    else:
+        network.forward = network.forward
+    assert not install(network)
+    assert_close(from_logits(network), from_logits(build("llama")))

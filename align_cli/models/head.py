@@ -12,14 +12,13 @@ scales it, so it is made while the logits are at hand.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
-
-from align_cli.logprobs import token_logprobs
 
 CACHED = 1 << 20  # elements whose softmax is computed at a time, so that they stay in a CPU's cache
 
@@ -171,20 +170,23 @@ def install(network: PreTrainedModel) -> bool:
     """Teach a model the keyword `align_scoring`, with which it returns log-probabilities (N,) in place of logits.
 
     Returns:
-        False where its head is no plain linear layer; it is left as it is then.
+        False where its head is no plain linear layer, or its call is not its class's; it is left as it is then.
     """
     head: Any = network.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or "forward" in vars(network):
         return False
     head.__class__ = Head
-    plain = network.forward
+    plain: Any = type(network).forward
 
-    def forward(*arguments: Any, align_scoring: Scoring | None = None, **keywords: Any) -> Any:
+    def forward(self: Any, *arguments: Any, align_scoring: Scoring | None = None, **keywords: Any) -> Any:
         if align_scoring is None:
-            return plain(*arguments, **keywords)
-        return head(network.get_decoder()(*arguments, **keywords)[0], align_scoring)
+            return plain(self, *arguments, **keywords)
+        output = self.get_output_embeddings()
+        assert isinstance(output, Head), "adapters took the head's place; the model is not measured by it"
+        return output(self.get_decoder()(*arguments, **keywords)[0], align_scoring)
 
-    network.forward = update_wrapper(forward, plain)
+    # A method, so that a deep copy calls itself and not this model.
+    network.forward = MethodType(update_wrapper(forward, plain), network)
     return True
 
 
@@ -213,8 +215,3 @@ def transform_of(network: nn.Module, head: nn.Module, device: torch.device) -> T
         if torch.allclose(guess(known.clone()), found, rtol=1e-5, atol=0):
             return guess
     return None
-
-
-def plain_logprobs(logits: Tensor, scoring: Scoring) -> Tensor:
-    """The same from the model's own logits (..., V) of all states: whole, transformed by the model itself."""
-    return token_logprobs(logits.reshape(-1, logits.shape[-1])[scoring.keep], scoring.targets)
