@@ -81,8 +81,8 @@ class Engine(ABC):
         """Add the gradient of this rank's scalar `loss` to the step's gradient."""
 
     @abstractmethod
-    def step(self, lr: float) -> float:
-        """Clip, update, clear; returns the norm of the step's gradient before clipping."""
+    def step(self, lr: float) -> Tensor:
+        """Clip, update, clear; returns the norm of the step's gradient before clipping, ()."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -157,7 +157,7 @@ class TorchEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(list(self.masters.values()), limit)
         for group in self.optimizer.param_groups:
@@ -165,7 +165,7 @@ class TorchEngine(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._publish()
-        return float(norm)
+        return norm
 
     def _publish(self) -> None:
         with torch.no_grad():
@@ -276,13 +276,13 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed averages over ranks; the gradient of a step is the sum.
         self.engine.backward(loss * distributed.world(), scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         norm = self.norm if self.norm is not None else self.engine.get_global_grad_norm()
         assert norm is not None, "DeepSpeed tells the norm wherever it clips"
-        return float(norm)
+        return torch.as_tensor(norm)
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

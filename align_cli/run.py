@@ -227,12 +227,13 @@ def _precision(prepared: Prepared, device: torch.device, progress: Progress) -> 
     """What `engine.precision` means here, the same for all ranks and for all sessions of a run; every rank calls it."""
     wanted = prepared.experiment.engine
     if progress.precision:
-        return Choice(**progress.precision)
-    if wanted.precision == "auto" and device.type == "cpu":
+        return Choice(**progress.precision)  # pyright: ignore[reportArgumentType]  a checkpoint's JSON
+    if wanted.precision != "bf16" and device.type == "cpu":
         config: Any = read_architecture(prepared.experiment.model)
         hidden = int(config.hidden_size)
         intermediate = int(vars(config).get("intermediate_size") or 4 * hidden)
-        return distributed.gather(choose(hidden, intermediate, paths.cache()))[0]
+        found = distributed.gather(choose(hidden, intermediate, paths.cache()))[0]
+        return found if wanted.precision == "auto" else Choice("fp32", found.products, "engine.precision")
     precision = "bf16" if wanted.dtype(device) == torch.bfloat16 else "fp32"
     return Choice(precision, "highest", "" if wanted.precision == "auto" else "engine.precision")
 

@@ -54,12 +54,15 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """The means over the step's micro-batches and ranks; every rank calls it."""
-        mine = {name: pair.cpu() for name, pair in self.sums.items()}
-        means: dict[str, Tensor] = {}
-        for share in distributed.gather(mine):
-            for name, pair in share.items():
-                means[name] = means[name] + pair if name in means else pair
-        return {name: float(pair[0] / pair[1]) for name, pair in means.items() if pair[1] > 0}
+        # One wait for the device and one exchange, however many figures; ranks may have different ones.
+        mine = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        means: dict[str, list[float]] = {}
+        for names, pairs in distributed.gather((list(self.sums), mine)):
+            for name, (total, count) in zip(names, pairs, strict=True):
+                so_far = means.setdefault(name, [0.0, 0.0])
+                so_far[0] += total
+                so_far[1] += count
+        return {name: total / count for name, (total, count) in means.items() if count > 0}
 
 
 @dataclass(frozen=True)
@@ -209,12 +212,13 @@ def train(
         ranks=distributed.world(),
         budget=experiment.engine.micro_tokens,
     )
+    norms: dict[int, Tensor] = {}  # of gradients, not looked at yet
     for step in plan:
         begun = time.perf_counter()
         logged = step.number in (1, of) or step.number % experiment.track.every == 0
         meter = run_step(engine, method, store, step, logged=logged)
         lr = learning_rate(step.number, of, experiment.train)
-        norm = engine.step(lr)
+        norms[step.number] = engine.step(lr)
         progress.step = step.number
         progress.groups += len(step.groups)
         progress.tokens += int(tokens[list(step.groups)].sum())
@@ -225,10 +229,7 @@ def train(
             progress.last_loss = figures["loss"]
             if step.number == 1:
                 progress.first_loss = figures["loss"]
-            figures |= {"learning_rate": lr, "grad_norm": norm, "epoch": progress.groups / len(store)}
-        # Also where nothing is logged: no checkpoint may hold weights that are no numbers. DeepSpeed says -1 then.
-        if not (math.isfinite(norm) and norm >= 0):
-            raise NotFinite(f"the gradient of step {step.number} is not finite. {REMEDY}")
+            figures |= {"learning_rate": lr, "grad_norm": _finite(norms), "epoch": progress.groups / len(store)}
         if experiment.eval.every is not None and step.number % experiment.eval.every == 0 and step.number < of:
             found = evaluate_loss(engine, evaluation, held_out)
             figures |= {f"eval/{name}": value for name, value in found.items()}
@@ -237,6 +238,7 @@ def train(
         tracker.progress(step.number, progress.tokens / progress.seconds, progress.last_loss)
         asked_to_stop = distributed.any_rank(stop())
         if asked_to_stop or step.number == of or step.number % experiment.checkpoint.every == 0:
+            _finite(norms)
             with checkpoints.saving(step.number, asdict(progress)) as folder:
                 engine.save(folder)
         if asked_to_stop and step.number < of:
@@ -258,6 +260,19 @@ def run_step(engine: Engine, method: Method, store: Store, step: Step, *, logged
             with torch.no_grad():
                 meter.add({"loss": (elements.sum(), method.size(filled))} | method.metrics(filled) | first)
     return meter
+
+
+def _finite(norms: dict[int, Tensor]) -> float:
+    """Look at the norms of some steps' gradients and forget them; returns the last.
+
+    Steps do not wait for the device to look at theirs, but no checkpoint may hold weights that are no numbers.
+    """
+    found = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
+    norms.clear()
+    for step, norm in found.items():
+        if not (math.isfinite(norm) and norm >= 0):  # DeepSpeed says -1
+            raise NotFinite(f"the gradient of step {step} is not finite. {REMEDY}")
+    return next(reversed(found.values()), math.nan)
 
 
 def _judge(step: int, figures: dict[str, float], precise: bool) -> None:
