@@ -70,7 +70,7 @@ def build_engine(experiment: Experiment, device: torch.device) -> Engine:
         engine: Engine = TorchEngine(_network(experiment, dtype), device, manner=manner, optimizer=experiment.optimizer)
     else:
         settle_deepspeed(device)
-        config = deepspeed_config(options, experiment.optimizer, device)
+        config = deepspeed_config(options, experiment.optimizer, device, alone=not experiment.frozen_reference)
         alive = keep_zero3_alive(config)
         network = _network(experiment, dtype)
         engine = DeepSpeedEngine(network, device, manner=manner, config=config, optimizer=experiment.optimizer)
@@ -241,7 +241,7 @@ def _frozen(experiment: Experiment, engine: Engine, device: torch.device) -> Fro
     else:
         import deepspeed
 
-        config = deepspeed_config(experiment.engine, experiment.optimizer, device)
+        config = deepspeed_config(experiment.engine, experiment.optimizer, device, alone=False)
         alive = keep_zero3_alive(config)
         second = load_model(model, dtype=dtype, bits=None).eval()
         network, *_ = deepspeed.initialize(model=second, config=config, dist_init_required=False)

@@ -29,6 +29,19 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def ranks_per_node() -> int | None:
+    """Ranks of each node, as torchrun or srun has told them; None where they do not lie on nodes in equal blocks.
+
+    Every rank calls it.
+    """
+    one = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE")
+    if one is None:  # such as 8, or 8(x2); nodes that differ are 8,4
+        one = os.environ.get("SLURM_TASKS_PER_NODE", str(world())).partition("(x")[0]
+    told = gather((one, os.environ.get("LOCAL_RANK", "0")))
+    size = int(told[0][0]) if told[0][0].isdecimal() else 0
+    return size if size > 0 and told == [(str(size), str(place % size)) for place in range(world())] else None
+
+
 def local_device(accelerator: str) -> torch.device:
     """The device of this process: its own GPU, or the CPU.
 

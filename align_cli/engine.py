@@ -199,8 +199,14 @@ class TorchEngine(Engine):
         }
 
 
-def deepspeed_config(options: EngineOptions, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
-    """The whole DeepSpeed configuration; what changed its default in 2026 is written out."""
+def deepspeed_config(
+    options: EngineOptions, optimizer: Optimizer, device: torch.device, *, alone: bool
+) -> dict[str, Any]:
+    """The whole DeepSpeed configuration; what changed its default in 2026 is written out. Every rank calls it.
+
+    Args:
+        alone: whether the process holds one model only.
+    """
     low = options.dtype(device) == torch.bfloat16
     limit = float("inf") if optimizer.max_grad_norm is None else optimizer.max_grad_norm
     config: dict[str, Any] = {
@@ -223,6 +229,11 @@ def deepspeed_config(options: EngineOptions, optimizer: Optimizer, device: torch
     }
     if low:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    # DeepSpeed 0.19 refuses a second model under hpZ (its issues 4901 and 7066).
+    node = distributed.ranks_per_node() if options.stage == 3 and alone else None
+    if node is not None and 1 < node < distributed.world():
+        # hpZ (Wang et al. 2023, arXiv:2306.10209): the backward pass gathers weights within a node, not between nodes.
+        config["zero_optimization"]["zero_hpz_partition_size"] = node
     return config
 
 

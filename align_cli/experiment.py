@@ -1,14 +1,15 @@
-"""An experiment: the checked configuration, its parts, and the combinations that have no meaning."""
+"""An experiment: the checked configuration, its parts, the combinations that have no meaning, the engine that fits."""
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from align_cli import columns, config
+from align_cli import columns, config, memory, rundir
 from align_cli.config import Tree
 from align_cli.data.options import Data
 from align_cli.engine import EngineOptions, Optimizer
@@ -93,8 +94,22 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "engine": EngineOptions,
     "track": Track,
 }
+MARGIN = 0.1  # share of a device's memory that a chosen stage leaves to buffers, fragments and the driver
 GIVEN = ("ratings", "lengths", "mask", "batch", *columns.POLICY)
 MADE = ("rewards", "pairs", "reference", "mismatch_kl")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Why engine=auto has become the engine that it is.
+
+    Attributes:
+        reason: a sentence.
+        fits: whether the run fits in the devices' memory, as far as it was looked at.
+    """
+
+    reason: str
+    fits: bool
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,8 @@ class Experiment:
     """Everything that a run needs to know, from a configuration that was checked.
 
     Attributes:
-        tree: the configuration itself.
+        tree: the configuration itself, with the engine that engine=auto has become.
+        choice: why it has become this one; None where the engine was named.
         loss: the algorithm, a function of columns.
         at_reference: the exact value of the loss while the policy is the reference, a function of columns; None
             for a loss without a reference.
@@ -130,6 +146,7 @@ class Experiment:
     reward: Loss
     beta: float
     made: tuple[str, ...]
+    choice: Choice | None
 
     @property
     def algorithm(self) -> str:
@@ -146,13 +163,83 @@ class Experiment:
         """Whether the loss is an average over response tokens and not over prompts."""
         return "policy_tokens" in columns.asked(self.loss)
 
+    @property
+    def frozen_reference(self) -> bool:
+        """Whether a second model lies beside the policy."""
+        return "reference" in self.made and self.reference.name == "frozen"
+
 
 def read(tree: Tree) -> Experiment:
     """Check a composed configuration and build its parts; nothing is loaded.
 
+    engine=auto becomes the engine of the run that run.dir holds; else plain PyTorch for one rank, and for several the
+    lowest ZeRO stage that fits.
+
     Raises:
-        UserError: all that is wrong with it, a sentence for each problem.
+        UserError: all that is wrong with it, a sentence for each problem; or the model's memory cannot be planned.
     """
+    if _section(tree, "engine").get("name") != "auto":
+        return _read(tree)
+    begun = _begun_on(tree)
+    if begun is not None:
+        return _read(_named(tree, begun))
+    several = _read(_named(tree, "zero0"))
+    if devices(several) == 1:
+        return replace(_read(_named(tree, "torch")), choice=Choice("engine=torch: there is one rank", fits=True))
+    if several.model.path == "world":
+        return replace(several, choice=Choice("engine=zero0: the embedded world's model is small", fits=True))
+    return lowest(several, memory.shape(several.model, several.adapter))
+
+
+def _named(tree: Tree, engine: str) -> Tree:
+    return {**tree, "engine": {**tree["engine"], "name": engine}}
+
+
+def _begun_on(tree: Tree) -> str | None:
+    """The engine of the run that run.dir holds, if it has as many ranks: a run goes on as it has begun."""
+    run_dir = _section(tree, "run").get("dir")
+    if not isinstance(run_dir, str) or not (Path(run_dir) / rundir.CONFIG).is_file():
+        return None
+    there = rundir.read_config(Path(run_dir))
+    if _section(there, "launch").get("devices") != _section(tree, "launch").get("devices"):
+        return None
+    engine = _section(there, "engine").get("name")
+    return engine if isinstance(engine, str) else None
+
+
+def lowest(experiment: Experiment, shape: memory.Shape) -> Experiment:
+    """The experiment at the lowest ZeRO stage whose planned memory leaves `MARGIN` of a device free.
+
+    Where none does, it is the stage that needs least. 4-bit weights cannot be partitioned, which stage 3 would do.
+    """
+    there, source = room(experiment)
+    stages = ("zero0", "zero1", "zero2", "zero3")[: 4 if experiment.adapter.bits is None else 3]
+    found = {name: _on(experiment, name) for name in stages}
+    needed = {name: sum(terms(other, shape).values()) for name, other in found.items()}
+    fitting = [name for name in stages if needed[name] <= (1 - MARGIN) * there]
+    chosen = fitting[0] if fitting else min(stages, key=lambda name: needed[name])
+    free = f"{there / 1e9:.1f} GB a {'GPU' if on_gpu(experiment) else 'rank'} ({source})"
+    before = stages[stages.index(chosen) - 1]
+    if not fitting:
+        told = f"no stage needs less than its {needed[chosen] / 1e9:.1f} of {free}"
+    elif chosen == "zero0":
+        told = f"it needs {needed[chosen] / 1e9:.1f} of {free}"
+    else:
+        kept = "" if needed[before] > there else f", of which {MARGIN:.0%} are left free"
+        told = f"{before} would need {needed[before] / 1e9:.1f} of {free}{kept}"
+    choice = Choice(f"engine={chosen}: {told}", fits=needed[chosen] <= there)
+    return replace(found[chosen], choice=choice)
+
+
+def _on(experiment: Experiment, engine: str) -> Experiment:
+    """The experiment on another engine."""
+    return replace(
+        experiment, tree=_named(experiment.tree, engine), engine=replace(experiment.engine, name=cast(Any, engine))
+    )
+
+
+def _read(tree: Tree) -> Experiment:
+    """`read` where the engine is named."""
     problems: list[str] = []
     problems += _unknown_sections(tree)
     for name, target in SECTIONS.items():
@@ -209,6 +296,7 @@ def read(tree: Tree) -> Experiment:
         reward=built_reward,
         beta=float(tree["algo"]["beta"]) if "beta" in tree["algo"] else 1.0,
         made=tuple(made),
+        choice=None,
         reference=config.build(Reference, reference),
         world=None if tree.get("world") is None else config.build(World, tree["world"]),
         **sections,
@@ -318,7 +406,7 @@ def _meaningless_settings(sections: Mapping[str, Any], tree: Tree) -> list[str]:
     if engine.name == "torch" and launch.devices is not None and launch.devices > 1:
         problems.append(
             f"engine=torch launch.devices={launch.devices}: plain PyTorch runs in one process. "
-            "Use engine=zero0, zero1, zero2 or zero3."
+            "Use engine=zero0, zero1, zero2, zero3, or auto for the lowest of them that fits."
         )
     if adapter.bits is not None and engine.name == "zero3":
         problems.append("adapter=qlora engine=zero3: 4-bit weights cannot be partitioned. Use engine=zero2.")
@@ -365,6 +453,62 @@ def devices(experiment: Experiment) -> int:
         return experiment.launch.devices
     on_gpu = experiment.launch.accelerator != "cpu" and torch.cuda.is_available()
     return torch.cuda.device_count() if on_gpu and experiment.engine.name != "torch" else 1
+
+
+def sizes(experiment: Experiment) -> dict[str, float]:
+    """Mean sizes of the data as its YAML states them: prompts, tokens of a prompt and of a response, K."""
+    data = experiment.data
+    expected = data.expected or {}
+    kept = data.responses or expected.get("responses", 2)
+    if experiment.pairwise and data.pairs in ("best_random", "best_worst"):
+        kept = 2
+    return {**expected, "responses": float(min(kept, expected.get("responses", kept)))}
+
+
+def on_gpu(experiment: Experiment) -> bool:
+    """Whether a plan is for GPUs: this machine has one, or the model is none that a CPU would train."""
+    if experiment.launch.accelerator != "auto":
+        return experiment.launch.accelerator == "gpu"
+    return torch.cuda.is_available() or experiment.model.architecture is not None
+
+
+def dtype(experiment: Experiment) -> torch.dtype:
+    """The type of weights and activations where a plan is for."""
+    return experiment.engine.dtype(torch.device("cuda" if on_gpu(experiment) else "cpu"))
+
+
+def room(experiment: Experiment) -> tuple[float, str]:
+    """Bytes of memory that a rank has, and where the figure comes from."""
+    here = min(devices(experiment), _node(experiment))
+    return memory.device_bytes(experiment.launch.memory_gb, gpu=on_gpu(experiment), ranks=here)
+
+
+def _node(experiment: Experiment) -> int:
+    """Ranks of one node; where the nodes are elsewhere, as many as there are GPUs here, or 8."""
+    if experiment.launch.name == "local":
+        return devices(experiment)
+    return torch.cuda.device_count() or 8
+
+
+def terms(experiment: Experiment, shape: memory.Shape) -> dict[str, float]:
+    """Bytes on one device, by term (`align_cli.memory`)."""
+    size = sizes(experiment)
+    share = 1.0
+    if "prompt_tokens" in size:
+        responses = size["responses"] * size["response_tokens"]
+        share = responses / (responses + size["prompt_tokens"])
+    return memory.per_device(
+        shape,
+        experiment.engine,
+        dtype=dtype(experiment),
+        gpu=on_gpu(experiment),
+        ranks=devices(experiment),
+        node=_node(experiment),
+        response_share=share,
+        plain_head=experiment.model.head == "plain",
+        frozen_reference=experiment.frozen_reference,
+        frozen_bits=experiment.adapter.bits,
+    )
 
 
 def column_makers(experiment: Experiment) -> dict[str, str]:

@@ -48,10 +48,12 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     """
     tree = experiment.placed(tree, default_dir(tree))
     checked = experiment.read(tree)
+    tree = checked.tree
     problems = [] if checked.launch.name == "prepare" else experiment.needs_gpu(checked)
     if problems:
         raise UserError("\n".join(problems))
     refuse_foreign_ranks("train")
+    tell_choice(checked)
     run_dir = Path(checked.run.dir)
     device = distributed.local_device(checked.launch.accelerator)
     claimable(run_dir)
@@ -80,6 +82,23 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     if code == exits.DONE:
         conclude(run_dir)
     return code
+
+
+def tell_choice(checked: Experiment) -> None:
+    """Say which ZeRO stage was chosen for several ranks and why.
+
+    Raises:
+        UserError: not even the strongest fits.
+    """
+    choice = checked.choice
+    if choice is None or checked.engine.stage is None:
+        return
+    if not choice.fits:
+        raise UserError(
+            f"{choice.reason}. align plan tells what would help; launch.memory_gb corrects the memory of a device, and "
+            f"engine={checked.engine.name}, if named, is started all the same."
+        )
+    terminal.say(choice.reason)
 
 
 def refuse_foreign_ranks(command: str) -> None:
@@ -114,6 +133,7 @@ def fill(tree: Tree) -> int:
     if problems:
         raise UserError("\n".join(problems))
     refuse_foreign_ranks("score")
+    tell_choice(checked)
     with (
         exits.terminable(),
         cache.in_use(paths.cache()),
@@ -124,8 +144,8 @@ def fill(tree: Tree) -> int:
         ranks = experiment.devices(checked)
         if ranks == 1:
             return inline(prepared, None)
-        run = {**tree["run"], "dir": folder}
-        rundir.write_config(Path(folder), located({**tree, "run": run}))
+        run = {**checked.tree["run"], "dir": folder}
+        rundir.write_config(Path(folder), located({**checked.tree, "run": run}))
         return spawn(Path(folder), ranks, held, ("--score",))
 
 
@@ -220,6 +240,7 @@ def spawn(run_dir: Path, ranks: int, held: int, flags: Sequence[str] = ()) -> in
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks))),
     }
     processes: list[subprocess.Popen[bytes]] = []

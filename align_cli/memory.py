@@ -2,8 +2,11 @@
 
 Units are bytes. Per trained parameter AdamW holds two fp32 moments, and below fp32 an fp32 master and an fp32
 gradient beside the weight; ZeRO shares moments and masters from stage 1 on, gradients from 2, weights from 3.
+Attention computes its scores again in the backward pass and keeps none.
 """
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +18,7 @@ from align_cli.engine import EngineOptions
 from align_cli.errors import UserError
 from align_cli.models.adapters import Adapter, attach
 from align_cli.models.causal import Model, read_architecture
+from align_cli.models.head import CACHED
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,11 @@ def per_device(
     engine: EngineOptions,
     *,
     dtype: torch.dtype,
+    gpu: bool,
     ranks: int,
+    node: int,
     response_share: float,
+    plain_head: bool,
     frozen_reference: bool,
     frozen_bits: int | None,
 ) -> dict[str, float]:
@@ -96,37 +103,77 @@ def per_device(
         shape: of the policy.
         engine: stage, tokens of a micro-batch, checkpointing.
         dtype: of weights and activations.
+        gpu: whether the device is one.
         ranks: devices that share the run.
+        node: how many of them are on one node.
         response_share: share of a micro-batch's tokens whose logits are needed.
+        plain_head: whether the model makes its logits itself, all at once.
         frozen_reference: whether a second model lies beside the policy.
         frozen_bits: bits of frozen weights where they are quantised.
     """
     stage = -1 if engine.stage is None else engine.stage
     size = dtype.itemsize
-    precise = dtype == torch.float32
     frozen = shape.parameters - shape.trained
     weights = shape.trained * size + frozen * (size if frozen_bits is None else frozen_bits / 8)
     weight_share = ranks if stage == 3 else 1
     state_share = ranks if stage >= 1 else 1
     gradient_share = ranks if stage >= 2 else 1
+    # DeepSpeed's stages 1 and 2 update a copy of their share even where the weights are fp32.
+    mastered = dtype != torch.float32 or stage in (1, 2)
     tokens = engine.micro_tokens
     layer = activation(shape, size) * tokens
     kept = (
         shape.hidden * size * tokens * shape.layers + layer if engine.gradient_checkpointing else layer * shape.layers
     )
+    scored = math.ceil(tokens * response_share)
+    if plain_head:
+        logits = float(scored * shape.vocabulary * (size + 4 + 4))
+    else:
+        logits = head(
+            scored,
+            shape.hidden,
+            shape.vocabulary,
+            size,
+            budget=engine.logits_mb * 1_000_000,
+            trained=shape.trained == shape.parameters,
+            gpu=gpu,
+        )
     terms = {
         "weights": weights / weight_share,
         "gradients": shape.trained * 4 / gradient_share,
-        "master weights": 0.0 if precise else shape.trained * 4 / state_share,
+        "master weights": shape.trained * 4 / state_share if mastered else 0.0,
         "Adam moments": shape.trained * 8 / state_share,
         "activations": kept,
-        "logits": tokens * response_share * shape.vocabulary * (size + 4 + 4),
+        "logits": logits,
     }
     if frozen_reference:
         terms["reference model"] = weights / weight_share
     if stage == 3:
         terms["gathered layers"] = 2 * shape.parameters / shape.layers * size
+        if 1 < node < ranks and not frozen_reference:
+            terms["a node's copy of the weights"] = weights / node
     return terms
+
+
+def head(scored: int, hidden: int, vocabulary: int, size: int, *, budget: int, trained: bool, gpu: bool) -> float:
+    """Most bytes that `align_cli.models.head` needs at a time, beyond weights and their gradients.
+
+    The states that predict, their gradient and what is added to it; a chunk of logits, which lives on to the backward
+    pass if there is only one and until the next is there if there are several; two fp32 copies of what is normalised
+    at a time: the chunk on a GPU, what a cache holds on a CPU. A trained head also makes its gradient, and sums it in
+    fp32 over several chunks.
+
+    Args:
+        scored: response tokens of a micro-batch.
+        size: bytes of an element of weights and states.
+        budget: bytes of logits at a time.
+    """
+    chunk = min(scored, max(1, budget // (vocabulary * size)))
+    part = chunk if gpu else min(chunk, max(1, CACHED // vocabulary))
+    states = scored * (3 * hidden * size + 4 + 4)
+    logits = vocabulary * max(chunk * size + part * (4 + 4), min(2 * chunk, scored) * size + part * 4)
+    gradient = hidden * vocabulary * (size if chunk == scored else size + 4) if trained else 0
+    return float(states + logits + gradient)
 
 
 def activation(shape: Shape, size: int) -> float:
@@ -141,14 +188,18 @@ def activation(shape: Shape, size: int) -> float:
     return 8 * shape.hidden + size * (7 * shape.hidden + 3 * shape.kv_width + 4 * inner)
 
 
-def device_bytes(named_gb: float | None, *, gpu: bool) -> tuple[float, str]:
-    """The memory of a device and where the figure comes from."""
+def device_bytes(named_gb: float | None, *, gpu: bool, ranks: int) -> tuple[float, str]:
+    """The memory of a device, on a CPU a rank's part of the machine's, and where the figure comes from.
+
+    Args:
+        named_gb: `launch.memory_gb`.
+        ranks: that share the machine's memory.
+    """
     if named_gb is not None:
         return named_gb * 1e9, "launch.memory_gb"
     if torch.cuda.is_available() and gpu:
         return float(torch.cuda.get_device_properties(0).total_memory), torch.cuda.get_device_name(0)
     if gpu:
         return 80e9, "assumed; set launch.memory_gb"
-    import os
-
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), "this machine's memory"
+    there = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return there / ranks, "this machine's memory" if ranks == 1 else f"this machine's memory over {ranks} ranks"

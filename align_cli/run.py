@@ -138,6 +138,7 @@ def _imitate(demonstrations: Path, start: Path, out: Path, options: World) -> No
         "train.prompts": options.sft_prompts,
         "train.lr": options.sft_lr,
         "eval.groups": 0,
+        "engine": "torch",
         "checkpoint.every": options.sft_steps,
         "track": "none",
         "run.dir": folder,

@@ -158,7 +158,7 @@ COMMAND_LINES = {
     "reference=cached reference.path=x": ("reference=cached reference.path=x", "reference=frozen"),
     "adapter.rank=4": ("rank, scale and targets belong together", "adapter=lora"),
     "adapter=qlora engine=zero3": ("adapter=qlora engine=zero3", "engine=zero2"),
-    "launch.devices=2": ("engine=torch launch.devices=2", "one process", "zero3"),
+    "engine=torch launch.devices=2": ("engine=torch launch.devices=2", "one process", "zero3", "auto"),
     # a machine without a GPU
     "launch.accelerator=gpu": ("launch.accelerator=gpu", "no GPU", "auto or cpu"),
     "adapter=qlora": ("adapter=qlora", "need a GPU", "adapter=lora"),

@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +20,8 @@ def main(argv: list[str]) -> int:
     checked = experiment.read(experiment.placed(given.compose(), "runs/<time>"))
     console = Console()
     console.print(way(checked), soft_wrap=True, markup=False, highlight=False)
+    if checked.choice is not None:
+        console.print(checked.choice.reason, soft_wrap=True, markup=False, highlight=False)
     console.print(columns_table(checked))
     for line in schedule(checked):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -47,18 +48,9 @@ def columns_table(checked: Experiment) -> Table:
     return table
 
 
-def sizes(checked: Experiment) -> dict[str, float]:
-    """Mean sizes of the data as its YAML states them: prompts, tokens of a prompt and of a response, K."""
-    expected = checked.data.expected or {}
-    kept = checked.data.responses or expected.get("responses", 2)
-    if checked.pairwise and checked.data.pairs in ("best_random", "best_worst"):
-        kept = 2
-    return {**expected, "responses": float(min(kept, expected.get("responses", kept)))}
-
-
 def schedule(checked: Experiment) -> list[str]:
     """Steps and tokens, as far as the data's YAML states its size."""
-    size = sizes(checked)
+    size = experiment.sizes(checked)
     train = checked.train
     if "prompts" not in size:
         steps = f"{train.steps} optimizer steps" if train.steps else f"{train.epochs} epoch(s); steps follow the data"
@@ -78,52 +70,24 @@ def schedule(checked: Experiment) -> list[str]:
     ]
 
 
-def terms(checked: Experiment, shape: memory.Shape) -> dict[str, float]:
-    """Bytes on one device, by term."""
-    size = sizes(checked)
-    share = 1.0
-    if "prompt_tokens" in size:
-        responses = size["responses"] * size["response_tokens"]
-        share = responses / (responses + size["prompt_tokens"])
-    return memory.per_device(
-        shape,
-        checked.engine,
-        dtype=_dtype(checked),
-        ranks=experiment.devices(checked),
-        response_share=share,
-        frozen_reference="reference" in checked.made and checked.reference.name == "frozen",
-        frozen_bits=checked.adapter.bits,
-    )
-
-
-def on_gpu(checked: Experiment) -> bool:
-    """Whether the plan is for GPUs: this machine has one, or the model is none that a CPU would train."""
-    if checked.launch.accelerator != "auto":
-        return checked.launch.accelerator == "gpu"
-    return torch.cuda.is_available() or checked.model.architecture is not None
-
-
-def _dtype(checked: Experiment) -> torch.dtype:
-    return checked.engine.dtype(torch.device("cuda" if on_gpu(checked) else "cpu"))
-
-
 def report_memory(checked: Experiment, console: Console) -> bool:
     """Print the memory by term and, where it does not fit, what would help; returns whether it fits."""
     if checked.model.path == "world":
         console.print("memory: the embedded world's model is made on first use; it needs less than 2 GB")
         return True
     shape = memory.shape(checked.model, checked.adapter)
-    there, source = memory.device_bytes(checked.launch.memory_gb, gpu=on_gpu(checked))
-    found = terms(checked, shape)
+    there, source = experiment.room(checked)
+    found = experiment.terms(checked, shape)
     total = sum(found.values())
-    kind = "GPU" if on_gpu(checked) else "CPU"
+    kind = "GPU" if experiment.on_gpu(checked) else "CPU"
     table = Table("term", "GB", title=f"memory of each {kind} rank", title_justify="left")
     for name, value in found.items():
         table.add_row(name, f"{value / 1e9:.2f}")
     table.add_row("total", f"{total / 1e9:.2f}", style="bold")
     console.print(table)
+    dtype = str(experiment.dtype(checked)).removeprefix("torch.")
     console.print(
-        f"{shape.parameters:,} weights, {shape.trained:,} trained, in {str(_dtype(checked)).removeprefix('torch.')}; "
+        f"{shape.parameters:,} weights, {shape.trained:,} trained, in {dtype}; "
         f"a device has {there / 1e9:.0f} GB ({source})",
         soft_wrap=True,
         markup=False,
@@ -142,25 +106,31 @@ def report_memory(checked: Experiment, console: Console) -> bool:
 def remedies(checked: Experiment, shape: memory.Shape, there: float) -> list[tuple[str, float]]:
     """Changes that need less memory, the most effective first, with the bytes that remain; `there` are available."""
     engine, launch = checked.engine, checked.launch
+    strongest = "zero3" if checked.adapter.bits is None else "zero2"
+    fewer = max(1, engine.micro_tokens // 4)
     tried = {
         "engine.gradient_checkpointing=true": replace(checked, engine=replace(engine, gradient_checkpointing=True)),
-        f"engine.micro_tokens={engine.micro_tokens // 4}": replace(
-            checked, engine=replace(engine, micro_tokens=max(1, engine.micro_tokens // 4))
-        ),
-        "engine=zero3": replace(checked, engine=replace(engine, name="zero3")),
+        f"engine.micro_tokens={fewer}": replace(checked, engine=replace(engine, micro_tokens=fewer)),
+        f"engine={strongest}": replace(checked, engine=replace(engine, name=strongest), choice=None),
         "reference=cached": replace(checked, reference=replace(checked.reference, name="cached")),
     }
-    found = {change: sum(terms(other, shape).values()) for change, other in tried.items()}
+    found = {change: _needed(other, shape) for change, other in tried.items()}
     if checked.adapter.rank is None:
         lora = replace(checked.adapter, name="lora", rank=16, scale=16.0, targets="all-linear")
-        lighter = memory.shape(checked.model, lora)
-        found["adapter=lora"] = sum(terms(replace(checked, adapter=lora), lighter).values())
-    light = replace(engine, name="zero3", gradient_checkpointing=True)
+        found["adapter=lora"] = _needed(replace(checked, adapter=lora), memory.shape(checked.model, lora))
+    light = replace(engine, name=strongest, gradient_checkpointing=True)
     for power in range(11):
-        spread = replace(checked, engine=light, launch=replace(launch, devices=2**power))
-        needed = sum(terms(spread, shape).values())
-        if needed <= there:
-            found[f"engine=zero3 engine.gradient_checkpointing=true launch.devices={2**power}"] = needed
+        spread = replace(checked, engine=light, launch=replace(launch, devices=2**power), choice=None)
+        needed = _needed(spread, shape)
+        if needed <= min(there, experiment.room(spread)[0]):
+            found[f"engine={strongest} engine.gradient_checkpointing=true launch.devices={2**power}"] = needed
             break
-    now = sum(terms(checked, shape).values())
+    now = _needed(checked, shape)
     return sorted(((c, needed) for c, needed in found.items() if needed < 0.99 * now), key=lambda it: it[1])
+
+
+def _needed(checked: Experiment, shape: memory.Shape) -> float:
+    """Bytes on one device; a stage that was not named is chosen again."""
+    if checked.choice is not None and experiment.devices(checked) > 1:
+        checked = experiment.lowest(checked, shape)
+    return sum(experiment.terms(checked, shape).values())

@@ -1,0 +1,262 @@
+"""engine=auto: the lowest ZeRO stage that fits, and why; hpZ across nodes; what the head needs on the way."""
+
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_runs import align, largest_difference, losses, overrides, read, weights
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from align_cli import config, distributed, engine, experiment, memory, rundir
+from align_cli.engine import EngineOptions, Optimizer
+from align_cli.experiment import Experiment
+from align_cli.models import head
+from align_cli.models.head import HeadLogprobs, Transform
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+FULL = ("algo=nca", "model=mistral7b", "data=ultrafeedback", "adapter=none", "engine.gradient_checkpointing=true")
+GPU = ("launch.accelerator=gpu", "launch.devices=8", "run.dir=nowhere")
+
+
+def needed(chosen: Experiment, stage: str, shape: memory.Shape) -> float:
+    """Bytes that a run would need at another stage."""
+    other = read([*FULL, *GPU, f"engine={stage}", f"launch.memory_gb={chosen.launch.memory_gb}"])
+    return sum(experiment.terms(other, shape).values())
+
+
+@pytest.mark.parametrize("gb, stage", [(200, "zero0"), (100, "zero1"), (60, "zero2"), (33, "zero3")])
+def test_the_lowest_stage_that_leaves_a_tenth_free_is_chosen(gb: int, stage: str) -> None:
+    chosen = read([*FULL, *GPU, f"launch.memory_gb={gb}"])
+    assert chosen.engine.name == chosen.tree["engine"]["name"] == stage
+    assert chosen.choice is not None and chosen.choice.fits
+    shape = memory.shape(chosen.model, chosen.adapter)
+    place = STAGES.index(stage)
+    assert needed(chosen, stage, shape) <= 0.9 * gb * 1e9
+    assert all(needed(chosen, lower, shape) > 0.9 * gb * 1e9 for lower in STAGES[:place])
+    told = f"{needed(chosen, STAGES[max(place - 1, 0)], shape) / 1e9:.1f} of {gb:.1f} GB a GPU (launch.memory_gb)"
+    wants = f"{STAGES[place - 1]} would need" if place else "it needs"
+    assert chosen.choice.reason.startswith(f"engine={stage}: {wants} {told}")
+
+
+def test_what_the_margin_alone_refuses_is_said() -> None:
+    shape = memory.shape((some := read([*FULL, *GPU, "launch.memory_gb=80"])).model, some.adapter)
+    gb = needed(some, "zero2", shape) / 1e9 + 0.1
+    chosen = read([*FULL, *GPU, f"launch.memory_gb={gb}"])
+    assert chosen.engine.name == "zero3" and chosen.choice is not None
+    assert chosen.choice.reason.endswith("of which 10% are left free")
+
+
+def test_one_rank_is_plain_pytorch_whatever_it_needs() -> None:
+    alone = read([*FULL, *GPU, "launch.devices=1", "launch.memory_gb=1"])
+    assert alone.engine.name == "torch" and alone.choice is not None
+    assert alone.choice.reason == "engine=torch: there is one rank"
+
+
+def test_a_named_engine_stays_and_needs_no_reason() -> None:
+    named = read([*FULL, *GPU, "engine=zero3", "launch.memory_gb=1000"])
+    assert named.engine.name == "zero3" and named.choice is None
+
+
+def test_four_bit_weights_are_never_partitioned() -> None:
+    chosen = read(["algo=nca", "model=mistral7b", "adapter=qlora", *GPU, "launch.memory_gb=1"])
+    assert chosen.engine.name in STAGES[:3] and chosen.choice is not None and not chosen.choice.fits
+
+
+def test_ranks_on_a_cpu_share_its_memory() -> None:
+    there, _ = memory.device_bytes(None, gpu=False, ranks=1)
+    part, source = memory.device_bytes(None, gpu=False, ranks=3)
+    assert part == there / 3 and source == "this machine's memory over 3 ranks"
+    assert memory.device_bytes(5.0, gpu=False, ranks=3)[0] == 5e9
+
+
+def test_nodes_keep_a_copy_of_the_weights_under_hpz() -> None:
+    given = (*FULL, *GPU, "engine=zero3", "launch=prepare", "launch.devices=32", "launch.memory_gb=80")
+    spread, local = read(given), read([*given, "launch=local"])
+    shape = memory.shape(spread.model, spread.adapter)
+    more = sum(experiment.terms(spread, shape).values()) - sum(experiment.terms(local, shape).values())
+    assert more == pytest.approx(7_241_732_096 * 2 / (torch.cuda.device_count() or 8))
+
+
+def test_two_ranks_need_no_engine_and_go_on_with_the_one_they_had(
+    tiny_model: Path, ragged_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = overrides(tiny_model, ragged_file, tmp_path / "run", "train.steps=2", "eval.groups=2", "launch.devices=2")
+    assert align("train", *given) == 0
+    assert "engine=zero0: it needs 0." in capfd.readouterr().err
+    told = rundir.read_config(tmp_path / "run")
+    assert told["engine"]["name"] == "zero0"
+
+    told["engine"]["name"] = "zero2"  # as if there had been less memory when it began
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(told))
+    assert read(given).engine.name == "zero2"
+    assert align("train", *given) == 0
+    assert "is finished already" in capfd.readouterr().out
+    assert align("train", *given, "launch.devices=1") == 2
+    assert "launch.devices: 2 -> 1" in capfd.readouterr().err
+
+
+def test_what_no_stage_can_hold_is_refused_before_anything_is_written(
+    tiny_model: Path, ragged_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = overrides(tiny_model, ragged_file, tmp_path / "run", "launch.devices=2", "launch.memory_gb=0.01")
+    assert align("train", *given) == 2
+    told = capsys.readouterr().err
+    assert "no stage needs less" in told and "align plan tells" in told and "if named, is started" in told
+    assert not (tmp_path / "run").exists()
+    assert align("plan", *given) == 1
+    assert "no stage needs less" in capsys.readouterr().out
+
+
+# --- hpZ
+
+
+def zero_of(stage: str, *, alone: bool = True) -> dict[str, Any]:
+    options = EngineOptions(**config.compose("train", [f"engine={stage}"])["engine"])
+    optimizer = Optimizer(**config.compose("train", [])["optimizer"])
+    return engine.deepspeed_config(options, optimizer, torch.device("cpu"), alone=alone)["zero_optimization"]
+
+
+@pytest.mark.parametrize(
+    "told, world, size",
+    [
+        ({"LOCAL_WORLD_SIZE": "4"}, 8, 4),
+        ({"SLURM_NTASKS_PER_NODE": "4"}, 8, 4),
+        ({"SLURM_TASKS_PER_NODE": "4(x2)"}, 8, 4),
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_TASKS_PER_NODE": "1"}, 8, 4),
+        ({"SLURM_TASKS_PER_NODE": "4,2"}, 6, None),  # unequal nodes
+        ({"LOCAL_WORLD_SIZE": "4"}, 4, None),  # one node
+        ({"LOCAL_WORLD_SIZE": "1"}, 4, None),  # a rank on each node
+        ({}, 4, None),
+    ],
+)
+def test_zero_3_over_nodes_keeps_the_weights_of_the_backward_pass_within_a_node(
+    told: dict[str, str], world: int, size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    local = int(next(iter(told.values()), str(world))[0])
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    monkeypatch.setattr(distributed, "gather", lambda mine: [(mine[0], str(r % local)) for r in range(world)])
+    assert zero_of("zero3").get("zero_hpz_partition_size") == size
+    assert "zero_hpz_partition_size" not in zero_of("zero2")
+    assert "zero_hpz_partition_size" not in zero_of("zero3", alone=False)
+    # srun --distribution=cyclic deals ranks out over the nodes
+    monkeypatch.setattr(distributed, "gather", lambda mine: [(mine[0], str(r // 2)) for r in range(world)])
+    assert "zero_hpz_partition_size" not in zero_of("zero3")
+
+
+# Parameters as small as the tests' stay whole on every rank unless that is switched off.
+RANK = """
+import sys
+from align_cli import assembly
+plain = assembly.deepspeed_config
+def partitioned(*given, **named):
+    made = plain(*given, **named)
+    assert made["zero_optimization"]["zero_hpz_partition_size"] == 2
+    made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return made
+assembly.deepspeed_config = partitioned
+import ranks
+ranks.main(sys.argv[1:])
+"""
+
+
+def test_two_nodes_of_two_ranks_compute_what_one_process_computes(
+    tiny_model: Path, ragged_file: Path, tmp_path: Path
+) -> None:
+    settings = ("algo.beta=0.1", "optimizer.eps=1e-3", "train.steps=3", "eval.groups=2")
+    assert align("train", *overrides(tiny_model, ragged_file, tmp_path / "one", *settings)) == 0
+    (nodes := tmp_path / "nodes").mkdir()
+    spread = overrides(tiny_model, ragged_file, nodes, *settings, "engine=zero3", "launch.devices=4")
+    rundir.write_config(nodes, config.compose("train", spread))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": port, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(os.getpid()), str(nodes)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % 2)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(4)
+    ]
+    try:
+        for process in ranks:
+            said = process.communicate(timeout=240)[0].decode()
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert losses(nodes) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert largest_difference(weights(nodes), weights(tmp_path / "one")) < 1e-6
+
+
+# --- the head
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that live at once, of those that are made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                place = storage.data_ptr()
+                if place not in given and place not in self.known:
+                    self.known[place] = storage.nbytes()
+                    weakref.finalize(storage, self.known.pop, place, None)
+        self.peak = max(self.peak, sum(self.known.values()))
+        return made
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("rows", [96, 40])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_planned_memory_of_the_head_is_what_it_takes(
+    trained: bool, rows: int, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, hidden, vocabulary = 96, 64, 512
+    cached = vocabulary * scored if gpu else vocabulary * 8  # on a GPU all rows of a chunk are normalised together
+    monkeypatch.setattr(head, "CACHED", cached)
+    monkeypatch.setattr(memory, "CACHED", cached)
+    generator = torch.Generator().manual_seed(0)
+    every = torch.randn(2 * scored, hidden, generator=generator, requires_grad=True)
+    weight = torch.randn(vocabulary, hidden, generator=generator).requires_grad_(trained)
+    targets = torch.randint(vocabulary, (scored,), generator=generator)
+    keep = torch.arange(scored)
+    budget = rows * vocabulary * 4
+    with Alive() as alive:
+        found: Any = HeadLogprobs.apply(every[keep], weight, None, targets, Transform(), budget)
+        found.sum().backward()
+    planned = memory.head(scored, hidden, vocabulary, 4, budget=budget, trained=trained, gpu=gpu)
+    # the inside of logsumexp cannot be seen here
+    assert alive.peak <= planned < 1.6 * alive.peak
+
+
+def test_the_model_s_own_head_needs_all_logits_at_once() -> None:
+    chunked, plain = (read([*FULL, *GPU, "engine=zero3", *more]) for more in ((), ("model.head=plain",)))
+    shape = memory.shape(plain.model, plain.adapter)
+    scored = 8192 * 4 * 305 / (185 + 4 * 305)
+    assert experiment.terms(plain, shape)["logits"] == pytest.approx(scored * 32000 * 10, rel=1e-3)
+    assert experiment.terms(chunked, shape)["logits"] < 2.3e9
