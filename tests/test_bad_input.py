@@ -203,7 +203,7 @@ def test_all_mistakes_are_told_at_once(train: Command, refused: Callable[..., li
         "train.stepz",
     ]
     assert len(refused(*train("algo=ncaa", "model=x", "algo.alpha=1,2"))) == 3
-    assert len(refused(*train("reference=adapter", "divergence=js", "launch.devices=2"))) == 3
+    assert len(refused(*train("reference=adapter", "divergence=js", "engine=torch", "launch.devices=2"))) == 3
     assert len(refused("train", "--foo", "--bar")) == 2
 
 
