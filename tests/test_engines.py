@@ -1,7 +1,9 @@
 """Two ranks under every ZeRO stage compute what one plain process computes, and end together however they end."""
 
+import json
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -12,11 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from forks import Forks
-from small_runs import align, largest_difference, losses, overrides, summary, weights
+from small_runs import align, build_model, largest_difference, losses, overrides, read, summary, weights
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from align_cli import config, exits, launch, rundir
+from align_cli import config, exits, launch, run, rundir
 from align_cli.checkpoints import committed
+from align_cli.data import toy
+from align_cli.data.batches import members, split
 from align_cli.tracking import read_metrics
 
 METHODS = {
@@ -25,13 +31,17 @@ METHODS = {
     "unclipped": ["optimizer.max_grad_norm=null"],
     "kto": ["algo=kto"],
     "sft": ["algo=sft"],
+    "repeated": ["algo=dpo"],  # on pairs that share prompts and responses
+    "wide": ["engine.logits_mb=1"],  # a tied head whose logits go in chunks
 }
+WIDE = 8192  # tokens of its vocabulary; a megabyte of float32 holds the logits of 30 states
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 # With ε = lr an update of AdamW moves a weight by about as much as its gradient differs, and not by lr times a sign
 # that rounding decides. Gradients are below 1 after clipping, so that 10 steps of fp32 rounding (6e-8 each, in sums
 # of some ten terms) leave the weights of two engines within 1e-6.
 SETTINGS = ("algo.beta=0.1", "optimizer.eps=1e-3", "train.steps=10", "eval.groups=2", "launch.devices=2")
 LOSS, WEIGHT = 1e-5, 1e-6
+NORMS = {"wide": 1e-3}  # a sum of 260,000 squares in fp32, in another order on each engine
 
 # name of a run of two ranks -> the method, and the engine that it is run on
 RUNS = {
@@ -39,6 +49,10 @@ RUNS = {
     # several micro-batches, and one more on one rank than on the other
     **{f"{stage}-cut": ("nca", [f"engine={stage}", "engine.micro_tokens=60"]) for stage in STAGES},
     **{f"zero3-{method}": (method, ["engine=zero3"]) for method in ("unclipped", "kto", "sft")},
+    **{f"{stage}-repeated": ("repeated", [f"engine={stage}"]) for stage in ("zero1", "zero3")},
+    "zero3-repeated-cut": ("repeated", ["engine=zero3", "engine.micro_tokens=60"]),
+    **{f"{stage}-wide": ("wide", [f"engine={stage}"]) for stage in ("zero1", "zero3")},
+    "zero3-wide-cut": ("wide", ["engine=zero3", "engine.micro_tokens=200"]),
     "zero2-unclipped": ("unclipped", ["engine=zero2"]),
     "zero3-frozen": ("nca", ["engine=zero3", "reference=frozen"]),
     "zero1-frozen": ("nca", ["engine=zero1", "reference=frozen"]),
@@ -54,6 +68,36 @@ def given(model: Path, rows: Path, run_dir: Path, method: str, *more: str) -> li
     """The command line of one of `METHODS`."""
     settings = [s for s in SETTINGS if not (method == "sft" and s.startswith("algo."))]
     return overrides(model, rows, run_dir, *METHODS[method], *settings, *more)
+
+
+@pytest.fixture(scope="module")
+def repeating_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs, in any order: of each prompt each of two good responses against each of two bad ones, one pair twice."""
+    rng = random.Random(0)
+    lines: list[str] = []
+    for _, prompt in zip(range(9), toy.problems(0, 2), strict=False):
+        texts: list[str] = []
+        while len(texts) < 4:
+            text = toy.demonstrate(prompt, toy.behaviour(rng), rng)
+            if text not in texts:
+                texts.append(text)
+        pairs = [(good, bad) for good in texts[:2] for bad in texts[2:]]
+        lines += [json.dumps({"prompt": prompt, "chosen": good, "rejected": bad}) for good, bad in [*pairs, pairs[0]]]
+    rng.shuffle(lines)
+    path = tmp_path_factory.mktemp("rows") / "repeating.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a large vocabulary, most of which no token has, and one matrix for both of its ends."""
+    folder = build_model(tmp_path_factory.mktemp("models") / "wide", seed=0)
+    architecture = AutoConfig.from_pretrained(folder)
+    architecture.vocab_size, architecture.tie_word_embeddings = WIDE, True
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(architecture).save_pretrained(folder)
+    return folder
 
 
 def together(folder: Path, run_dirs: list[Path]) -> None:
@@ -83,13 +127,18 @@ def together(folder: Path, run_dirs: list[Path]) -> None:
             process.wait()
 
 
-def test_two_ranks_compute_what_one_process_computes(tiny_model: Path, ragged_file: Path, tmp_path: Path) -> None:
+def test_two_ranks_compute_what_one_process_computes(
+    tiny_model: Path, wide_model: Path, ragged_file: Path, repeating_file: Path, tmp_path: Path
+) -> None:
+    read_from = {"repeated": (tiny_model, repeating_file), "wide": (wide_model, ragged_file)}
+    ordinary = (tiny_model, ragged_file)
     for method in METHODS:
-        one = given(tiny_model, ragged_file, tmp_path / "one" / method, method, "launch.devices=1")
+        one = given(*read_from.get(method, ordinary), tmp_path / "one" / method, method, "launch.devices=1")
         assert align("train", *one) == 0
     for name, (method, engine) in {**RUNS, **ROUNDED}.items():
         (tmp_path / name).mkdir()
-        two = given(tiny_model, ragged_file, tmp_path / name, method, *engine, "launch.devices=2")
+        model, rows = read_from.get(method, ordinary)
+        two = given(model, rows, tmp_path / name, method, *engine, "launch.devices=2")
         rundir.write_config(tmp_path / name, config.compose("train", two))
     together(tmp_path, [tmp_path / name for name in {**RUNS, **ROUNDED}])
 
@@ -103,7 +152,7 @@ def test_two_ranks_compute_what_one_process_computes(tiny_model: Path, ragged_fi
         # an evaluation sums over responses of up to 30 tokens, which the ranks share
         figures = [summary(run_dir) for run_dir in (one, two)]
         evaluated = max(abs(figures[0][key] - figures[1][key]) for key in figures[0] if re.match(EVALUATED, key))
-        if loss > LOSS or weight > WEIGHT or norm > 1e-5 or evaluated > 1e-4:
+        if loss > LOSS or weight > WEIGHT or norm > NORMS.get(method, 1e-5) or evaluated > 1e-4:
             wrong[name] = f"loss {loss:.0e}, weight {weight:.0e}, norm {norm:.0e}, evaluated {evaluated:.0e}"
     assert not wrong
     for name in ROUNDED:
@@ -112,6 +161,38 @@ def test_two_ranks_compute_what_one_process_computes(tiny_model: Path, ragged_fi
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one" / "nca"), abs=0.02)
     said = (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
     assert "DeepSpeed" not in said and "WARNING" not in said
+    assert "measured another way" not in said.replace("\n", " ")  # the head scores by itself under every stage
+
+
+def test_ranks_with_different_numbers_of_chunks_are_among_them(
+    wide_model: Path, ragged_file: Path, tmp_path: Path
+) -> None:
+    """What the runs above on the wide model do, by the lengths of their responses."""
+    experiment = read(given(wide_model, ragged_file, tmp_path, "wide", "engine=zero3"))
+    store = run.prepare(experiment, lambda text: None).train
+    states = experiment.engine.logits_mb * 1_000_000 // (WIDE * 4)
+    chunks: list[list[int]] = []
+    for step in range(1, 11):
+        groups = members(store, step, prompts=experiment.train.prompts, seed=0, together=True).tolist()
+        shares = split(groups, store, ranks=2, budget=experiment.engine.micro_tokens)
+        tokens = [sum(int(store.response_tokens[list(part.groups)].sum()) for part in share) for share in shares]
+        chunks.append([math.ceil(each / states) for each in tokens])
+    assert min(min(each) for each in chunks) > 1
+    assert any(one != other for one, other in chunks)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 90])
+@pytest.mark.parametrize("repeated", [True, False])
+def test_any_budget_gives_the_same_weights(
+    budget: int, repeated: bool, tiny_model: Path, ragged_file: Path, repeating_file: Path, tmp_path: Path
+) -> None:
+    method = "repeated" if repeated else "nca"
+    rows = repeating_file if repeated else ragged_file
+    for name, tokens in (("whole", 8192), ("cut", budget)):
+        more = (f"engine.micro_tokens={tokens}", "train.steps=5", "launch.devices=1", "train.prompts=7")
+        assert align("train", *given(tiny_model, rows, tmp_path / name, method, *more)) == 0
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "cut")) < WEIGHT
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=LOSS)
 
 
 # --- the processes of a run
