@@ -210,10 +210,12 @@ def _begun_on(tree: Tree) -> str | None:
 def lowest(experiment: Experiment, shape: memory.Shape) -> Experiment:
     """The experiment at the lowest ZeRO stage whose planned memory leaves `MARGIN` of a device free.
 
-    Where none does, it is the stage that needs least. 4-bit weights cannot be partitioned, which stage 3 would do.
+    Where none does, it is the stage that needs least. 4-bit weights cannot be partitioned, which stage 3 would do, and
+    DeepSpeed's stage 0 has no fp32 sums of bfloat16 gradients.
     """
     there, source = room(experiment)
-    stages = ("zero0", "zero1", "zero2", "zero3")[: 4 if experiment.adapter.bits is None else 3]
+    first, last = 0 if experiment.engine.precision == "fp32" else 1, 4 if experiment.adapter.bits is None else 3
+    stages = ("zero0", "zero1", "zero2", "zero3")[first:last]
     found = {name: _on(experiment, name) for name in stages}
     needed = {name: sum(terms(other, shape).values()) for name, other in found.items()}
     fitting = [name for name in stages if needed[name] <= (1 - MARGIN) * there]
@@ -222,7 +224,7 @@ def lowest(experiment: Experiment, shape: memory.Shape) -> Experiment:
     before = stages[stages.index(chosen) - 1]
     if not fitting:
         told = f"no stage needs less than its {needed[chosen] / 1e9:.1f} of {free}"
-    elif chosen == "zero0":
+    elif chosen == stages[0]:
         told = f"it needs {needed[chosen] / 1e9:.1f} of {free}"
     else:
         kept = "" if needed[before] > there else f", of which {MARGIN:.0%} are left free"
@@ -407,6 +409,11 @@ def _meaningless_settings(sections: Mapping[str, Any], tree: Tree) -> list[str]:
         problems.append(
             f"engine=torch launch.devices={launch.devices}: plain PyTorch runs in one process. "
             "Use engine=zero0, zero1, zero2, zero3, or auto for the lowest of them that fits."
+        )
+    if engine.name == "zero0" and engine.precision == "bf16":
+        problems.append(
+            "engine=zero0 engine.precision=bf16: DeepSpeed's stage 0 has no fp32 sums of bfloat16 gradients. "
+            "Use engine=zero1, or engine.precision=fp32."
         )
     if adapter.bits is not None and engine.name == "zero3":
         problems.append("adapter=qlora engine=zero3: 4-bit weights cannot be partitioned. Use engine=zero2.")

@@ -229,11 +229,15 @@ def _precision(prepared: Prepared, device: torch.device, progress: Progress) -> 
     wanted = prepared.experiment.engine
     if progress.precision:
         return Choice(**progress.precision)  # pyright: ignore[reportArgumentType]  a checkpoint's JSON
+    if wanted.stage == 0 and wanted.dtype(device) == torch.bfloat16:
+        raise UserError("engine=zero0: DeepSpeed's stage 0 has no fp32 sums of bfloat16 gradients. Use engine=zero1.")
     if wanted.precision != "bf16" and device.type == "cpu":
         config: Any = read_architecture(prepared.experiment.model)
         hidden = int(config.hidden_size)
         intermediate = int(vars(config).get("intermediate_size") or 4 * hidden)
         found = distributed.gather(choose(hidden, intermediate, paths.cache()))[0]
+        if wanted.stage == 0:  # which has no fp32 sums of bfloat16 gradients
+            return Choice("fp32", found.products, "engine=zero0")
         return found if wanted.precision == "auto" else Choice("fp32", found.products, "engine.precision")
     precision = "bf16" if wanted.dtype(device) == torch.bfloat16 else "fp32"
     return Choice(precision, "highest", "" if wanted.precision == "auto" else "engine.precision")

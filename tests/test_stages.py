@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from align_cli import config, distributed, engine, experiment, memory, rundir
 from align_cli.engine import EngineOptions, Optimizer
+from align_cli.errors import UserError
 from align_cli.experiment import Experiment
 from align_cli.models import head
 from align_cli.models.head import HeadLogprobs, Transform
 
-STAGES = ("zero0", "zero1", "zero2", "zero3")
+STAGES = ("zero1", "zero2", "zero3")  # zero0 is fp32 alone
 FULL = ("algo=nca", "model=mistral7b", "data=ultrafeedback", "adapter=none", "engine.gradient_checkpointing=true")
 GPU = ("launch.accelerator=gpu", "launch.devices=8", "run.dir=nowhere")
 
@@ -32,7 +33,7 @@ def needed(chosen: Experiment, stage: str, shape: memory.Shape) -> float:
     return sum(experiment.terms(other, shape).values())
 
 
-@pytest.mark.parametrize("gb, stage", [(200, "zero0"), (100, "zero1"), (60, "zero2"), (33, "zero3")])
+@pytest.mark.parametrize("gb, stage", [(200, "zero1"), (100, "zero1"), (60, "zero2"), (33, "zero3")])
 def test_the_lowest_stage_that_leaves_a_tenth_free_is_chosen(gb: int, stage: str) -> None:
     chosen = read([*FULL, *GPU, f"launch.memory_gb={gb}"])
     assert chosen.engine.name == chosen.tree["engine"]["name"] == stage
@@ -44,6 +45,14 @@ def test_the_lowest_stage_that_leaves_a_tenth_free_is_chosen(gb: int, stage: str
     told = f"{needed(chosen, STAGES[max(place - 1, 0)], shape) / 1e9:.1f} of {gb:.1f} GB a GPU (launch.memory_gb)"
     wants = f"{STAGES[place - 1]} would need" if place else "it needs"
     assert chosen.choice.reason.startswith(f"engine={stage}: {wants} {told}")
+
+
+def test_stage_0_is_chosen_in_fp32_alone() -> None:
+    chosen = read([*FULL, *GPU, "engine.precision=fp32", "launch.memory_gb=400"])
+    assert chosen.engine.name == "zero0" and chosen.choice is not None
+    assert chosen.choice.reason.startswith("engine=zero0: it needs")
+    with pytest.raises(UserError, match=r"engine=zero0 engine\.precision=bf16.*engine=zero1"):
+        read([*FULL, *GPU, "engine=zero0", "engine.precision=bf16"])
 
 
 def test_what_the_margin_alone_refuses_is_said() -> None:
@@ -67,7 +76,7 @@ def test_a_named_engine_stays_and_needs_no_reason() -> None:
 
 def test_four_bit_weights_are_never_partitioned() -> None:
     chosen = read(["algo=nca", "model=mistral7b", "adapter=qlora", *GPU, "launch.memory_gb=1"])
-    assert chosen.engine.name in STAGES[:3] and chosen.choice is not None and not chosen.choice.fits
+    assert chosen.engine.name in STAGES[:2] and chosen.choice is not None and not chosen.choice.fits
 
 
 def test_ranks_on_a_cpu_share_its_memory() -> None:
@@ -90,9 +99,9 @@ def test_two_ranks_need_no_engine_and_go_on_with_the_one_they_had(
 ) -> None:
     given = overrides(tiny_model, ragged_file, tmp_path / "run", "train.steps=2", "eval.groups=2", "launch.devices=2")
     assert align("train", *given) == 0
-    assert "engine=zero0: it needs 0." in capfd.readouterr().err
+    assert "engine=zero1: it needs 0." in capfd.readouterr().err
     told = rundir.read_config(tmp_path / "run")
-    assert told["engine"]["name"] == "zero0"
+    assert told["engine"]["name"] == "zero1"
 
     told["engine"]["name"] = "zero2"  # as if there had been less memory when it began
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(told))

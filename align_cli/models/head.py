@@ -103,6 +103,7 @@ class HeadLogprobs(torch.autograd.Function):
                     logits[part] = _slope(values, targets[rows], normaliser[rows], one, transform)
             if unit is not None:
                 unit[chunk] = logits @ weight
+            del logits  # before the next chunk is made
         ctx.save_for_backward(states, weight, targets, normaliser, unit)
         ctx.bias, ctx.told, ctx.kept = bias, (transform, budget), kept
         return found
@@ -130,6 +131,8 @@ class HeadLogprobs(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 onto = logits.sum(0, dtype=wide)
                 d_bias = onto if d_bias is None else d_bias + onto
+            kept = None
+            del logits
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         if d_bias is not None:
