@@ -199,7 +199,7 @@ class Cached:
         responses = lengths.responses
         first = np.cumsum(responses) - responses
         say(f"measuring the reference on {responses.sum():,} responses" + self._so_far())
-        parts = split(range(len(groups)), lengths, ranks=distributed.world(), budget=budget)
+        parts = split(range(len(groups)), engine.manner.lengths(lengths), ranks=distributed.world(), budget=budget)
         places: list[NDArray[np.int64]] = []
         figures: list[NDArray[np.float32]] = []
         for part in parts[distributed.rank()]:
@@ -284,8 +284,8 @@ class AdapterOff:
 class MismatchKL:
     """The column `mismatch_kl`: KTO's estimate of KL(π_θ || π_ref), from prompts and responses that do not belong.
 
-    Each prompt of a step is paired with the first response of the step's next prompt; the mean of log(π_θ/π_ref) over
-    these pairs, not below 0, is the estimate (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
+    Each row of a step is paired with the first response of the step's next other prompt; the mean of log(π_θ/π_ref)
+    over these pairs, not below 0, is the estimate (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
     """
 
     def __init__(self, engine: Engine, reference: Callable[[MicroBatch], Tensor], *, budget: int) -> None:
@@ -297,11 +297,16 @@ class MismatchKL:
     @torch.no_grad()
     def begin(self, groups: Sequence[Group]) -> None:
         """Estimate for the step that consists of `groups`, over all ranks; every rank calls it."""
-        if len(groups) < 2:
+        pairs = mismatched(groups)
+        if not pairs:
             self.estimate = 0.0  # a prompt alone has no other's response
             return
-        pairs = mismatched(groups)
-        parts = split(range(len(pairs)), Measured.of(pairs), ranks=distributed.world(), budget=self.budget)
+        parts = split(
+            range(len(pairs)),
+            self.engine.manner.lengths(Measured.of(pairs)),
+            ranks=distributed.world(),
+            budget=self.budget,
+        )
         summed = torch.zeros((), dtype=torch.float64)
         for part in parts[distributed.rank()]:
             batch = self.engine.manner.flatten([pairs[index] for index in part.groups]).to(self.engine.device)
@@ -314,9 +319,11 @@ class MismatchKL:
 
 
 def mismatched(groups: Sequence[Group]) -> list[Group]:
-    """Each prompt with the first response of the next one, K = 1."""
-    following = [*groups[1:], groups[0]]
-    return [
-        replace(own, responses=(other.responses[0],), ratings=own.ratings[:1])
-        for own, other in zip(groups, following, strict=True)
-    ]
+    """Each prompt with the first response of the next that is another, K = 1; none where all are the same."""
+    pairs: list[Group] = []
+    for place, own in enumerate(groups):
+        following = [*groups[place + 1 :], *groups[:place]]
+        other = next((each for each in following if not np.array_equal(each.prompt, own.prompt)), None)
+        if other is not None:
+            pairs.append(replace(own, responses=(other.responses[0],), ratings=own.ratings[:1]))
+    return pairs

@@ -203,6 +203,7 @@ def train(
     precise = experiment.engine.dtype(engine.device) == torch.float32
     plan = steps(
         store,
+        engine.manner.lengths(store),
         first=progress.step + 1,
         last=of,
         prompts=experiment.train.prompts,
@@ -302,7 +303,9 @@ def evaluate_loss(engine: Engine, method: Method, store: Store) -> dict[str, flo
     chosen = tuple(range(min(experiment.eval.groups, len(store))))
     if not chosen:
         return {}
-    parts = split(chosen, store, ranks=distributed.world(), budget=experiment.engine.micro_tokens)
+    parts = split(
+        chosen, engine.manner.lengths(store), ranks=distributed.world(), budget=experiment.engine.micro_tokens
+    )
     method.begin(store, chosen)
     meter = Meter()
     for part in parts[distributed.rank()]:

@@ -249,3 +249,9 @@ def test_groups_of_a_prompt_go_together_as_far_as_the_budget_allows() -> None:
     shares = split(range(6), lengths, ranks=1, budget=30)
     assert sorted(part.groups for part in shares[0]) == [(0, 2), (1, 3), (4,), (5,)]  # 10 + 2 x 10
     assert split(range(6), lengths, ranks=1, budget=90) == [[Part((0, 2, 4, 1, 3, 5))]]
+
+
+def test_rows_without_sharing_count_a_copy_of_the_prompt_for_each_response() -> None:
+    lengths = Measured(np.array([0, 0]), np.array([10, 10]), np.array([6, 8]), np.array([2, 3]))
+    apart = Measured.apart(lengths)
+    assert (apart.prompt_tokens + apart.response_tokens).tolist() == [26, 38]

@@ -67,6 +67,7 @@ class Stepped:
                 weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
         (step,) = steps(
             self.store,
+            self.engine.manner.lengths(self.store),
             first=2,  # the first is compared with its closed form, which measures more
             last=2,
             prompts=experiment.train.prompts,

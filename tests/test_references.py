@@ -174,6 +174,17 @@ def test_fewer_bits_in_matrix_products_are_other_numerics(monkeypatch: pytest.Mo
     assert len({told(torch.bfloat16, precision) for precision in ("highest", "high", "medium")}) == 1
 
 
+def test_rows_of_one_prompt_are_no_mismatch() -> None:
+    first, second, third, fourth = some_groups(4)
+    again = replace(second, prompt=first.prompt)
+    pairs = mismatched([first, again, third, fourth])
+    expected = [(first, third), (again, third), (third, fourth), (fourth, first)]
+    assert len(pairs) == 4
+    for pair, (own, other) in zip(pairs, expected, strict=True):
+        assert np.array_equal(pair.prompt, own.prompt) and np.array_equal(pair.responses[0], other.responses[0])
+    assert mismatched([first, again]) == []
+
+
 def test_mismatched_pairs_are_of_another_prompt_and_the_estimate_is_the_mean_log_ratio(
     model: Path, tmp_path: Path
 ) -> None:

@@ -84,7 +84,7 @@ class Lengths(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """The lengths of groups that lie in no store."""
+    """The lengths of groups that lie in no store, or in rows of another kind."""
 
     prompts: np.ndarray
     prompt_tokens: np.ndarray
@@ -100,6 +100,14 @@ class Measured:
             np.array([len(group.prompt) for group in groups]),
             np.array([sum(map(len, group.responses)) for group in groups]),
             np.array([len(group.responses) for group in groups]),
+        )
+
+    @staticmethod
+    def apart(lengths: Lengths) -> "Measured":
+        """The same where every response brings its own copy of the prompt."""
+        responses = np.asarray(lengths.responses)
+        return Measured(
+            np.arange(len(responses)), lengths.prompt_tokens * responses, lengths.response_tokens, responses
         )
 
 
@@ -168,12 +176,26 @@ def _pack(share: Sequence[Unit], budget: int) -> list[Part]:
 
 
 def steps(
-    store: Store, *, first: int, last: int, prompts: int, seed: int, together: bool, rank: int, ranks: int, budget: int
+    store: Store,
+    lengths: Lengths,
+    *,
+    first: int,
+    last: int,
+    prompts: int,
+    seed: int,
+    together: bool,
+    rank: int,
+    ranks: int,
+    budget: int,
 ) -> Iterator[Step]:
-    """The optimizer steps `first`..`last`, counted from 1, as this rank sees them."""
+    """The optimizer steps `first`..`last`, counted from 1, as this rank sees them.
+
+    Args:
+        lengths: of the store's groups as a row holds them.
+    """
     for number in range(first, last + 1):
         groups = members(store, number, prompts=prompts, seed=seed, together=together).tolist()
-        parts = split(groups, store, ranks=ranks, budget=budget)
+        parts = split(groups, lengths, ranks=ranks, budget=budget)
         yield Step(number, tuple(groups), tuple(parts[rank]))
 
 

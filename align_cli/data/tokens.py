@@ -409,11 +409,16 @@ class Template:
         prompts = [self.begun(ids) for ids in islice(found, len(good))]
         made = iter(
             [
-                Tokenised(prompt, tuple(islice(found, len(one.responses))))
+                self.given(Tokenised(prompt, tuple(islice(found, len(one.responses)))))
                 for one, prompt in zip(good, prompts, strict=True)
             ]
         )
         return [one if isinstance(one, RowError) else next(made) for one in rendered]
+
+    @staticmethod
+    def given(group: Tokenised) -> Tokenised | RowError:
+        """The group; a RowError where nothing precedes its responses."""
+        return group if len(group.prompt) else RowError("the prompt has no token that the tokenizer knows")
 
     def begun(self, ids: Ids) -> Ids:
         """`ids` with the one begin-of-sequence token that the tokenizer puts."""

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from align_cli.data.batches import MicroBatch, flatten
+from align_cli.data.batches import Lengths, Measured, MicroBatch, flatten
 from align_cli.data.store import Group
 from align_cli.errors import UserError
 from align_cli.logprobs import sum_by, token_logprobs
@@ -155,6 +155,10 @@ class Manner:
     share: bool = True
     transform: Transform | None = None
     logits: int = 0
+
+    def lengths(self, lengths: Lengths) -> Lengths:
+        """Of groups, as rows hold them."""
+        return lengths if self.flat and self.share else Measured.apart(lengths)
 
     def flatten(self, groups: Sequence[Group], *, counted: bool = True) -> MicroBatch:
         """The row of these groups."""
