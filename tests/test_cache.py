@@ -313,7 +313,7 @@ class Counting(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         self.inner.backward(loss)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> torch.Tensor:
         return self.inner.step(lr)
 
     def save(self, folder: Path) -> None:
