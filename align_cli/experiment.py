@@ -183,11 +183,11 @@ def read(tree: Tree) -> Experiment:
     begun = _begun_on(tree)
     if begun is not None:
         return _read(_named(tree, begun))
-    several = _read(_named(tree, "zero0"))
+    several = _read(_named(tree, "zero1"))
     if devices(several) == 1:
         return replace(_read(_named(tree, "torch")), choice=Choice("engine=torch: there is one rank", fits=True))
     if several.model.path == "world":
-        return replace(several, choice=Choice("engine=zero0: the embedded world's model is small", fits=True))
+        return replace(several, choice=Choice("engine=zero1: the embedded world's model is small", fits=True))
     return lowest(several, memory.shape(several.model, several.adapter))
 
 

@@ -110,8 +110,11 @@ def forget(run_dir: Path, *, made: bool) -> None:
     Args:
         made: the folder is the run's own, too.
     """
-    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+    checkpoints = run_dir / "checkpoints"
+    if (run_dir / "metrics.jsonl").exists() or (checkpoints.exists() and any(checkpoints.iterdir())):
         return
+    if checkpoints.exists():
+        checkpoints.rmdir()
     shutil.rmtree(run_dir / "ranks", ignore_errors=True)
     for name in (CONFIG, ENV, LOCK):
         (run_dir / name).unlink(missing_ok=True)
