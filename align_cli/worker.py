@@ -118,4 +118,9 @@ def _wrong_ranks(plan: "Experiment", run_dir: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written and closed. Threads of the communication library that are still about abort an ordinary exit
+    # now and then ("terminate called without an active exception"), and the launcher would take it for a failure.
+    os._exit(code)
