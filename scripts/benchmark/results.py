@@ -58,10 +58,14 @@ def read(path: Path) -> Record:
 
 
 def write(path: Path, data: Mapping[str, Any]) -> None:
-    """Whole or not at all: a benchmark that is interrupted goes on from this file."""
+    """Whole or not at all: a benchmark that is interrupted goes on from this file.
+
+    Paths are written from the checkout's root, where the commands can be given again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(data, indent=1, ensure_ascii=False).replace(f"{Path(__file__).resolve().parents[2]}/", "")
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
