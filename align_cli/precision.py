@@ -23,7 +23,7 @@ WORTH = 1.3  # times as fast that bfloat16 must be, to be chosen
 
 
 @dataclass(frozen=True)
-class Choice:
+class Arithmetic:
     """How to multiply.
 
     Attributes:
@@ -37,7 +37,7 @@ class Choice:
     reason: str
 
 
-def choose(hidden: int, intermediate: int, cache: Path) -> Choice:
+def choose(hidden: int, intermediate: int, cache: Path) -> Arithmetic:
     """The fastest for a model of this width on this machine; tried once, then remembered.
 
     Args:
@@ -45,12 +45,12 @@ def choose(hidden: int, intermediate: int, cache: Path) -> Choice:
         cache: where the answer is kept.
     """
     if hidden < SMALL:
-        return Choice("fp32", "highest", "a small model")
+        return Arithmetic("fp32", "highest", "a small model")
     told = [_cpu(), torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     name = hashlib.sha256(json.dumps([*told, hidden, intermediate]).encode()).hexdigest()[:32]
     kept = cache / "precision" / f"{name}.json"
     try:
-        return Choice(**json.loads(kept.read_text()))
+        return Arithmetic(**json.loads(kept.read_text()))
     except (OSError, ValueError, TypeError):
         choice = judge(_seconds(hidden, intermediate))
     try:
@@ -61,16 +61,16 @@ def choose(hidden: int, intermediate: int, cache: Path) -> Choice:
     return choice
 
 
-def judge(seconds: dict[str, float]) -> Choice:
+def judge(seconds: dict[str, float]) -> Arithmetic:
     """The choice, from the time that a product took as `highest`, `bf16` and, where it is fp32, `medium`."""
     products: Literal["highest", "medium"] = "highest"
     if seconds.get("medium", float("inf")) < seconds["highest"] / WORTH:
         products = "medium"
     gain = seconds[products] / seconds["bf16"]
     if gain >= WORTH:
-        return Choice("bf16", products, f"multiplies {gain:.1f} times as fast as fp32 here")
+        return Arithmetic("bf16", products, f"multiplies {gain:.1f} times as fast as fp32 here")
     faster = f", {seconds['highest'] / seconds[products]:.1f} times as fast by oneDNN" if products == "medium" else ""
-    return Choice("fp32", products, f"bf16 multiplies {gain:.1f} times as fast here{faster}")
+    return Arithmetic("fp32", products, f"bf16 multiplies {gain:.1f} times as fast here{faster}")
 
 
 def _cpu() -> str:

@@ -23,7 +23,7 @@ from align_cli.engine import Engine
 from align_cli.errors import RunError, Stopped, UserError
 from align_cli.experiment import Experiment, read
 from align_cli.models.causal import load_tokenizer, read_architecture
-from align_cli.precision import Choice, choose
+from align_cli.precision import Arithmetic, choose
 from align_cli.references import Cached, Say, rows, weights_digest
 from align_cli.rundir import Scalar
 from align_cli.tracking import Silent, Tracker
@@ -224,26 +224,26 @@ def score(prepared: Prepared) -> None:
         )
 
 
-def _precision(prepared: Prepared, device: torch.device, progress: Progress) -> Choice:
+def _precision(prepared: Prepared, device: torch.device, progress: Progress) -> Arithmetic:
     """What `engine.precision` means here, the same for all ranks and for all sessions of a run; every rank calls it."""
     wanted = prepared.experiment.engine
     if progress.precision:
-        return Choice(**progress.precision)  # pyright: ignore[reportArgumentType]  a checkpoint's JSON
+        return Arithmetic(**progress.precision)  # pyright: ignore[reportArgumentType]  a checkpoint's JSON
     if wanted.stage == 0 and wanted.dtype(device) == torch.bfloat16:
         raise UserError("engine=zero0: DeepSpeed's stage 0 has no fp32 sums of bfloat16 gradients. Use engine=zero1.")
     if wanted.precision != "bf16" and device.type == "cpu":
-        config: Any = read_architecture(prepared.experiment.model)
+        config: Any = read_architecture(prepared.experiment.model).get_text_config()
         hidden = int(config.hidden_size)
         intermediate = int(vars(config).get("intermediate_size") or 4 * hidden)
         found = distributed.gather(choose(hidden, intermediate, paths.cache()))[0]
         if wanted.stage == 0:  # which has no fp32 sums of bfloat16 gradients
-            return Choice("fp32", found.products, "engine=zero0")
-        return found if wanted.precision == "auto" else Choice("fp32", found.products, "engine.precision")
+            return Arithmetic("fp32", found.products, "engine=zero0")
+        return found if wanted.precision == "auto" else Arithmetic("fp32", found.products, "engine.precision")
     precision = "bf16" if wanted.dtype(device) == torch.bfloat16 else "fp32"
-    return Choice(precision, "highest", "" if wanted.precision == "auto" else "engine.precision")
+    return Arithmetic(precision, "highest", "" if wanted.precision == "auto" else "engine.precision")
 
 
-def _with_precision(experiment: Experiment, choice: Choice) -> Experiment:
+def _with_precision(experiment: Experiment, choice: Arithmetic) -> Experiment:
     torch.set_float32_matmul_precision(choice.products)
     return replace(experiment, engine=replace(experiment.engine, precision=choice.precision))
 

@@ -164,7 +164,7 @@ class Progress:
         first_loss, last_loss: of the first and the last logged step.
         before: evaluation before the first step.
         inputs: digests of the data and of the starting weights.
-        precision: how matrices are multiplied (`align_cli.precision.Choice`).
+        precision: how matrices are multiplied (`align_cli.precision.Arithmetic`).
     """
 
     step: int = 0

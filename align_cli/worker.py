@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align_cli import cache, config, distributed, exits, paths, process, rundir, terminal
+from align_cli import cache, config, distributed, exits, paths, rundir, terminal
 from align_cli.checkpoints import committed
 from align_cli.errors import UserError
 
@@ -41,7 +41,6 @@ def main(argv: list[str]) -> int:
             "a directory that align train launch=prepare has made"
         )
         return exits.USER
-    process.settle()
     terminal.quiet_libraries()
     if LOCKED in os.environ:
         distributed.die_with_parent(int(os.environ[LOCKED]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from align_cli import precision
-from align_cli.precision import Choice, choose, judge
+from align_cli.precision import Arithmetic, choose, judge
 
 
 def test_the_fastest_is_chosen_and_bfloat16_must_be_worth_it() -> None:
@@ -36,7 +36,7 @@ def test_a_machine_is_tried_once_and_what_cannot_be_kept_is_tried_again(
 
     monkeypatch.setattr(precision, "_seconds", trial)
     first = choose(512, 2048, tmp_path)
-    assert first == Choice("bf16", "highest", "multiplies 3.0 times as fast as fp32 here")
+    assert first == Arithmetic("bf16", "highest", "multiplies 3.0 times as fast as fp32 here")
     assert choose(512, 2048, tmp_path) == first
     assert trials == [(512, 2048)]
     next((tmp_path / "precision").iterdir()).write_text("{damaged")

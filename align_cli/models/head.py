@@ -207,6 +207,10 @@ def transform_of(network: nn.Module, head: nn.Module, device: torch.device) -> T
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
         found = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.reshape(-1)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError):  # its logits must be as many as its vocabulary
+        return None
     finally:
         hook.remove()
     if found.shape != known.shape:
