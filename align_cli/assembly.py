@@ -25,6 +25,7 @@ from align_cli.engine import (
 )
 from align_cli.errors import UserError
 from align_cli.experiment import Experiment, producers
+from align_cli.models import recompute
 from align_cli.models.adapters import attach
 from align_cli.models.causal import (
     Manner,
@@ -75,9 +76,10 @@ def build_engine(experiment: Experiment, device: torch.device) -> Engine:
         network = _network(experiment, dtype)
         engine = DeepSpeedEngine(network, device, manner=manner, config=config, optimizer=experiment.optimizer)
         del alive
-    engine.manner = find_manner(
+    manner = find_manner(
         engine.network, engine.module(), experiment.model, dtype=dtype, logits_mb=options.logits_mb, device=device
     )
+    engine.manner = replace(manner, sparing=options.sparing)
     return engine
 
 
@@ -129,6 +131,8 @@ def _network(experiment: Experiment, dtype: torch.dtype) -> Network:
         recompute_activations(base)
         if experiment.adapter.rank is not None:
             base.enable_input_require_grads()
+    if experiment.engine.sparing:
+        recompute.install(network)
     network.train()
     return network
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align_cli import distributed
+from align_cli import distributed, process
 from align_cli.data.batches import MicroBatch
 from align_cli.models.causal import Manner, measure
 from align_cli.ranges import Count, Fraction, NonNegative, Positive
@@ -36,12 +36,21 @@ class EngineOptions:
     precision: Literal["auto", "fp32", "bf16"]
     micro_tokens: Count
     logits_mb: Count
+    selective_recompute: bool
     gradient_checkpointing: bool
 
     @property
     def stage(self) -> int | None:
         """The ZeRO stage, or None in plain PyTorch."""
         return None if self.name == "torch" else int(self.name[-1])
+
+    @property
+    def sparing(self) -> bool:
+        """Whether norms and gated products are computed again in the backward pass.
+
+        Checkpointing computes all of a layer again anyway; under ZeRO-3 a norm's weights may be away by then.
+        """
+        return self.selective_recompute and not self.gradient_checkpointing and self.stage != 3
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The type of weights and activations: auto is bf16 on a GPU and fp32 on a CPU."""
@@ -67,6 +76,7 @@ class Engine(ABC):
         self.network = network
         self.device = device
         self.manner = manner
+        self.largest = 0  # tokens of a row that was trained on
 
     @abstractmethod
     def module(self) -> nn.Module:
@@ -74,6 +84,10 @@ class Engine(ABC):
 
     def measure(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The policy's columns, with gradient (`align_cli.models.causal.measure`)."""
+        tokens = batch.input_ids.shape[1]
+        if torch.is_grad_enabled() and tokens > self.largest:
+            self.largest = tokens
+            process.trim()
         return measure(self.module(), batch, self.manner)
 
     @abstractmethod

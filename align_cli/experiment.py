@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,6 +94,8 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "engine": EngineOptions,
     "track": Track,
 }
+BUDGET = 4096  # tokens of a micro-batch where nothing says more
+BUDGETS = tuple(1024 * 2**power for power in range(7))  # beyond 65,536 tokens a GPU gains nothing
 MARGIN = 0.1  # share of a device's memory that a chosen stage leaves to buffers, fragments and the driver
 GIVEN = ("ratings", "lengths", "mask", "batch", *columns.POLICY)
 MADE = ("rewards", "pairs", "reference", "mismatch_kl")
@@ -178,33 +180,65 @@ def read(tree: Tree) -> Experiment:
     Raises:
         UserError: all that is wrong with it, a sentence for each problem; or the model's memory cannot be planned.
     """
+    engine = _section(tree, "engine")
+    if engine.get("name") == "auto" or engine.get("micro_tokens") == "auto":
+        tree = {**tree, "engine": _begun_on(tree, engine)}
+    if tree["engine"].get("micro_tokens") != "auto":
+        return _staged(tree)
+    return roomy(_staged(_with(tree, micro_tokens=BUDGET)))
+
+
+def _staged(tree: Tree) -> Experiment:
+    """`read` where the tokens of a micro-batch are a number."""
     if _section(tree, "engine").get("name") != "auto":
         return _read(tree)
-    begun = _begun_on(tree)
-    if begun is not None:
-        return _read(_named(tree, begun))
-    several = _read(_named(tree, "zero1"))
+    several = _read(_with(tree, name="zero1"))
     if devices(several) == 1:
-        return replace(_read(_named(tree, "torch")), choice=Choice("engine=torch: there is one rank", fits=True))
+        return replace(_read(_with(tree, name="torch")), choice=Choice("engine=torch: there is one rank", fits=True))
     if several.model.path == "world":
         return replace(several, choice=Choice("engine=zero1: the embedded world's model is small", fits=True))
     return lowest(several, memory.shape(several.model, several.adapter))
 
 
-def _named(tree: Tree, engine: str) -> Tree:
-    return {**tree, "engine": {**tree["engine"], "name": engine}}
+def _with(tree: Tree, **settings: Any) -> Tree:
+    """The configuration with other settings of its engine."""
+    return {**tree, "engine": {**tree["engine"], **settings}}
 
 
-def _begun_on(tree: Tree) -> str | None:
-    """The engine of the run that run.dir holds, if it has as many ranks: a run goes on as it has begun."""
+def _begun_on(tree: Tree, engine: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section `engine` as the run that run.dir holds has settled what is left open, if it has as many ranks."""
     run_dir = _section(tree, "run").get("dir")
     if not isinstance(run_dir, str) or not (Path(run_dir) / rundir.CONFIG).is_file():
-        return None
+        return engine
     there = rundir.read_config(Path(run_dir))
     if _section(there, "launch").get("devices") != _section(tree, "launch").get("devices"):
-        return None
-    engine = _section(there, "engine").get("name")
-    return engine if isinstance(engine, str) else None
+        return engine
+    begun = _section(there, "engine")
+    return {**engine, **{key: begun[key] for key in _OPEN if engine.get(key) == "auto" and key in begun}}
+
+
+_OPEN = ("name", "micro_tokens")
+
+
+def roomy(experiment: Experiment) -> Experiment:
+    """The experiment with the largest micro-batches that leave `MARGIN` of a GPU's memory free.
+
+    On a CPU larger ones than `BUDGET` are no faster; nor are smaller ones, if a step has several.
+    """
+    if not on_gpu(experiment) or experiment.model.path == "world":
+        return experiment
+    try:
+        shape = memory.shape(experiment.model, experiment.adapter)
+    except UserError:  # its memory cannot be planned
+        return experiment
+    there = (1 - MARGIN) * room(experiment)[0]
+    tried = [_on(experiment, micro_tokens=tokens) for tokens in BUDGETS]
+    fitting = [other for other in tried if sum(terms(other, shape).values()) <= there]
+    chosen = fitting[-1] if fitting else tried[0]
+    if chosen.choice is None:
+        return chosen
+    told = f"{chosen.choice.reason}; micro-batches of {chosen.engine.micro_tokens:,} tokens"
+    return replace(chosen, choice=replace(chosen.choice, reason=told))
 
 
 def lowest(experiment: Experiment, shape: memory.Shape) -> Experiment:
@@ -216,7 +250,7 @@ def lowest(experiment: Experiment, shape: memory.Shape) -> Experiment:
     there, source = room(experiment)
     first, last = 0 if experiment.engine.precision == "fp32" else 1, 4 if experiment.adapter.bits is None else 3
     stages = ("zero0", "zero1", "zero2", "zero3")[first:last]
-    found = {name: _on(experiment, name) for name in stages}
+    found = {name: _on(experiment, name=name) for name in stages}
     needed = {name: sum(terms(other, shape).values()) for name, other in found.items()}
     fitting = [name for name in stages if needed[name] <= (1 - MARGIN) * there]
     chosen = fitting[0] if fitting else min(stages, key=lambda name: needed[name])
@@ -233,11 +267,10 @@ def lowest(experiment: Experiment, shape: memory.Shape) -> Experiment:
     return replace(found[chosen], choice=choice)
 
 
-def _on(experiment: Experiment, engine: str) -> Experiment:
-    """The experiment on another engine."""
-    return replace(
-        experiment, tree=_named(experiment.tree, engine), engine=replace(experiment.engine, name=cast(Any, engine))
-    )
+def _on(experiment: Experiment, **settings: Any) -> Experiment:
+    """The experiment with other settings of its engine."""
+    tree = _with(experiment.tree, **settings)
+    return replace(experiment, tree=tree, engine=replace(experiment.engine, **settings))
 
 
 def _read(tree: Tree) -> Experiment:

@@ -9,13 +9,14 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from align_cli.engine import EngineOptions
 from align_cli.errors import UserError
+from align_cli.models import recompute
 from align_cli.models.adapters import Adapter, attach
 from align_cli.models.causal import Model, read_architecture
 from align_cli.models.head import CACHED
@@ -30,6 +31,7 @@ class Shape:
         trained: weights that training changes.
         layers, hidden, intermediate, kv_width, vocabulary: of the transformer; kv_width is heads times head size of
             the keys, experts_per_token multiplies the width of the feed-forward part.
+        spared: the kinds of activations that `align_cli.models.recompute` finds in it.
     """
 
     parameters: int
@@ -40,6 +42,7 @@ class Shape:
     kv_width: int
     vocabulary: int
     experts_per_token: int
+    spared: frozenset[Literal["norms", "products"]]
 
 
 def architecture(model: Model) -> PretrainedConfig:
@@ -74,6 +77,7 @@ def shape(model: Model, adapter: Adapter) -> Shape:
         kv_width=(sizes.get("num_key_value_heads") or heads) * head,
         vocabulary=_first(sizes, "vocab_size"),
         experts_per_token=sizes.get("num_experts_per_tok") or 1,
+        spared=recompute.kinds(base),
     )
 
 
@@ -121,7 +125,7 @@ def per_device(
     # DeepSpeed's stages 1 and 2 update a copy of their share even where the weights are fp32.
     mastered = dtype != torch.float32 or stage in (1, 2)
     tokens = engine.micro_tokens
-    layer = activation(shape, size) * tokens
+    layer = activation(shape, size, sparing=engine.sparing) * tokens
     kept = (
         shape.hidden * size * tokens * shape.layers + layer if engine.gradient_checkpointing else layer * shape.layers
     )
@@ -176,16 +180,20 @@ def head(scored: int, hidden: int, vocabulary: int, size: int, *, budget: int, t
     return float(states + logits + gradient)
 
 
-def activation(shape: Shape, size: int) -> float:
+def activation(shape: Shape, size: int, *, sparing: bool) -> float:
     """Bytes that one layer keeps of one token for its backward pass.
 
-    Two normalisations keep their input in fp32 (8 H) and their output; queries, keys and values before and after the
-    rotation, and the attention's output are kept (7 H and 3 times the keys' width in all); of the gated feed-forward
-    part the gate, its activation, the other branch and their product (4 I). Without a gate, or with norms that need no
-    fp32, it is less; the figure is meant to be no less than the truth.
+    Two normalisations keep their input in fp32 (8 H), and below fp32 what they make of it and their output (4 H);
+    queries, keys and values and the attention's output are kept (3 H and 3 times the keys' width in all); of the gated
+    feed-forward part the gate, its activation, the other branch and their product (4 I). With `sparing`, of the norms
+    only the input in its own type (2 H) and of the feed-forward part the two branches (2 I). Without a gate, or with
+    norms that need no fp32, it is less; the figure is meant to be no less than the truth.
     """
     inner = shape.intermediate * shape.experts_per_token
-    return 8 * shape.hidden + size * (7 * shape.hidden + 3 * shape.kv_width + 4 * inner)
+    spared = shape.spared if sparing else frozenset()
+    norms = 2 * size * shape.hidden if "norms" in spared else (8 + 4 * size) * shape.hidden
+    products = 2 * size * inner if "products" in spared else 4 * size * inner
+    return norms + size * (3 * shape.hidden + 3 * shape.kv_width) + products
 
 
 def device_bytes(named_gb: float | None, *, gpu: bool, ranks: int) -> tuple[float, str]:

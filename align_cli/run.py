@@ -322,8 +322,8 @@ def _introduce(prepared: Prepared, engine: Engine, run_dir: Path, progress: Prog
     prompts = min(experiment.train.prompts, len(store))
     tokens = float((store.prompt_tokens + store.response_tokens).mean()) * prompts
     terminal.say(
-        f"{of} optimizer steps of {prompts} prompts ({tokens:,.0f} tokens), {len(store)} prompts in all; "
-        f"{going}; output in {run_dir}"
+        f"{of} optimizer steps of {prompts} prompts ({tokens:,.0f} tokens, at most "
+        f"{experiment.engine.micro_tokens:,} at a time), {len(store)} prompts in all; {going}; output in {run_dir}"
     )
 
 

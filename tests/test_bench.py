@@ -119,6 +119,7 @@ def case(**changed: Any) -> Case:
         "timed": 2,
         "contenders": (ALIGN, TUNED),
         "repeats": 2,
+        "warm": 1,
     }
     return Case(**(settings | changed))
 
@@ -152,13 +153,15 @@ def test_a_changed_setting_takes_the_place_of_the_first() -> None:
     ]
 
 
-def test_the_steps_that_count_have_the_means_whatever_the_warm_ones_are() -> None:
+def test_every_step_has_the_means_and_the_lengths_of_all_others() -> None:
     one = case(table=TABLES["UltraFeedback-like"], groups=4, timed=2)
     lengths = bench.lengths_of(one)
     assert len(lengths.prompts) == one.rows == 12
-    warm, timed = lengths[:4].means(), lengths[4:].means()
-    assert (timed["prompt"], timed["response"]) == (pytest.approx(185, abs=0.5), pytest.approx(305, abs=0.5))
-    assert warm["prompt"] == pytest.approx(185 / plan.WARM, abs=0.5)
+    assert lengths.responses.shape == (12, 2)
+    for place in range(0, 12, 4):
+        means = lengths[slice(place, place + 4)].means()
+        assert (means["prompt"], means["response"]) == (pytest.approx(185, abs=0.5), pytest.approx(305, abs=0.5))
+        assert lengths[slice(place, place + 4)].as_json() == lengths[slice(4)].as_json()
 
 
 def test_every_plan_has_names_of_its_own_and_ways_to_run_them() -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from align_cli import config, experiment, memory
 from align_cli.cli import dispatch
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
-from align_cli.models import attention, tiny
+from align_cli.models import attention, recompute, tiny
 from align_cli.models.causal import Manner, measure
 from align_cli.paths import conf
 
@@ -153,7 +154,7 @@ def test_the_embedded_world_and_a_local_folder_plan_without_being_made(
 def test_advice_holds_when_it_is_followed(
     overrides: list[str], offline: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["launch.accelerator=gpu", "launch.memory_gb=80", *overrides]
+    given = ["launch.accelerator=gpu", "launch.memory_gb=80", "engine.micro_tokens=8192", *overrides]
     assert dispatch(["plan", *given]) == 1
     text = capsys.readouterr().out
     short = re.search(r"does not fit, by ([\d.]+) GB", text)
@@ -170,7 +171,20 @@ def test_advice_holds_when_it_is_followed(
         assert code == (0 if verdict == "fits" else 1), change
 
 
-def kept_per_token(model_type: str, dtype: torch.dtype) -> tuple[float, memory.Shape]:
+def test_advice_that_fits_fits_with_micro_batches_of_any_size(
+    offline: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["launch.accelerator=gpu", "launch.memory_gb=40", "algo=nca", "model=mixtral8x7b", "adapter=none"]
+    assert dispatch(["plan", *given]) == 1
+    advice = re.findall(r"^  (.+): [\d.]+ GB, fits$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert advice
+    assert [dispatch(["plan", *given, *change.split()]) for change in advice] == [0] * len(advice)
+
+
+_PACK = recompute.Spared.pack
+
+
+def kept_per_token(model_type: str, dtype: torch.dtype, *, sparing: bool) -> tuple[float, memory.Shape]:
     """Bytes that a layer keeps of a token for its backward pass, counted, and the sizes of the model."""
     attention.register()
     generator = np.random.default_rng(0)
@@ -198,8 +212,20 @@ def kept_per_token(model_type: str, dtype: torch.dtype) -> tuple[float, memory.S
             alive.append(tensor)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            measured = measure(network, batch, Manner(flat=True))
+        if sparing:
+            recompute.install(network)
+            with pytest.MonkeyPatch.context() as patch:
+
+                def pack(self: recompute.Spared, tensor: torch.Tensor, alive: list[torch.Tensor] = alive) -> Any:
+                    kept = _PACK(self, tensor)
+                    alive += [kept] if isinstance(kept, torch.Tensor) else kept[0].rows
+                    return kept
+
+                patch.setattr(recompute.Spared, "pack", pack)
+                measured = measure(network, batch, Manner(flat=True, sparing=True))
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                measured = measure(network, batch, Manner(flat=True))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
         bytes_of[layers] = sum(size for place, size in storages.items() if place not in own)
         del measured
@@ -213,18 +239,23 @@ def kept_per_token(model_type: str, dtype: torch.dtype) -> tuple[float, memory.S
         kv_width=keys,
         vocabulary=61,
         experts_per_token=1,
+        spared=recompute.kinds(network),
     )
     return (bytes_of[4] - bytes_of[2]) / 2 / batch.input_ids.shape[1], shape
 
 
+@pytest.mark.parametrize("sparing", [False, True], ids=["all", "sparing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
-def test_planned_activations_are_what_autograd_keeps(model_type: str, dtype: torch.dtype) -> None:
-    kept, shape = kept_per_token(model_type, dtype)
-    assert memory.activation(shape, dtype.itemsize) == pytest.approx(kept, rel=0.1)
+def test_planned_activations_are_what_autograd_keeps(model_type: str, dtype: torch.dtype, sparing: bool) -> None:
+    kept, shape = kept_per_token(model_type, dtype, sparing=sparing)
+    assert shape.spared == {"norms", "products"}
+    assert memory.activation(shape, dtype.itemsize, sparing=sparing) == pytest.approx(kept, rel=0.1)
 
 
-def test_planned_activations_of_models_without_a_gate_are_not_too_small() -> None:
+@pytest.mark.parametrize("sparing", [False, True], ids=["all", "sparing"])
+def test_planned_activations_of_models_without_a_gate_are_not_too_small(sparing: bool) -> None:
     for model_type in ("gpt2", "gpt_neox"):
-        kept, shape = kept_per_token(model_type, torch.bfloat16)
-        assert 0.85 * kept < memory.activation(shape, 2) < 1.7 * kept, model_type
+        kept, shape = kept_per_token(model_type, torch.bfloat16, sparing=sparing)
+        assert not shape.spared
+        assert 0.85 * kept < memory.activation(shape, 2, sparing=sparing) < 1.7 * kept, model_type

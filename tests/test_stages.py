@@ -23,7 +23,8 @@ from align_cli.models import head
 from align_cli.models.head import HeadLogprobs, Transform
 
 STAGES = ("zero1", "zero2", "zero3")  # zero0 is fp32 alone
-FULL = ("algo=nca", "model=mistral7b", "data=ultrafeedback", "adapter=none", "engine.gradient_checkpointing=true")
+MISTRAL = ("algo=nca", "model=mistral7b", "data=ultrafeedback", "adapter=none")
+FULL = (*MISTRAL, "engine.gradient_checkpointing=true", "engine.micro_tokens=8192")
 GPU = ("launch.accelerator=gpu", "launch.devices=8", "run.dir=nowhere")
 
 
@@ -67,6 +68,33 @@ def test_one_rank_is_plain_pytorch_whatever_it_needs() -> None:
     alone = read([*FULL, *GPU, "launch.devices=1", "launch.memory_gb=1"])
     assert alone.engine.name == "torch" and alone.choice is not None
     assert alone.choice.reason == "engine=torch: there is one rank"
+
+
+@pytest.mark.parametrize("gb", [45, 70, 80, 200, 2000])
+def test_micro_batches_are_the_largest_that_leave_a_tenth_free(gb: int) -> None:
+    given = [*MISTRAL, *GPU, "engine=zero3", f"launch.memory_gb={gb}"]
+    chosen = read(given)
+    tokens = chosen.engine.micro_tokens
+    assert chosen.tree["engine"]["micro_tokens"] == tokens  # what the run directory will say
+    shape = memory.shape(chosen.model, chosen.adapter)
+
+    def fits(budget: int) -> bool:
+        other = read([*given, f"engine.micro_tokens={budget}"])
+        return sum(experiment.terms(other, shape).values()) <= 0.9 * gb * 1e9
+
+    assert fits(tokens) or tokens == experiment.BUDGETS[0]
+    assert not fits(2 * tokens) or tokens == experiment.BUDGETS[-1]
+
+
+def test_the_reason_of_a_stage_tells_the_micro_batches_that_it_leaves_room_for() -> None:
+    chosen = read([*MISTRAL, *GPU, "launch.memory_gb=200"])
+    assert chosen.choice is not None
+    assert chosen.choice.reason.endswith(f"micro-batches of {chosen.engine.micro_tokens:,} tokens")
+
+
+def test_on_a_cpu_and_for_the_embedded_world_micro_batches_have_one_size() -> None:
+    for given in (["launch.accelerator=cpu", *MISTRAL], ["launch.accelerator=gpu", "algo=nca"]):
+        assert read([*given, "run.dir=nowhere"]).engine.micro_tokens == experiment.BUDGET
 
 
 def test_a_named_engine_stays_and_needs_no_reason() -> None:

@@ -4,6 +4,7 @@ Policy, reference and evaluation all go through `measure`, so they cannot be com
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from align_cli.errors import UserError
 from align_cli.logprobs import sum_by, token_logprobs
 from align_cli.models import attention, head
 from align_cli.models.head import Scoring, Transform
+from align_cli.models.recompute import sparing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +151,14 @@ class Manner:
         transform: what the family does to its logits, where the head goes on to log-probabilities by itself
             (`align_cli.models.head`); None: the model returns its logits.
         logits: bytes of logits that the head makes at a time.
+        sparing: whether the backward pass computes again what is cheap (`align_cli.models.recompute`).
     """
 
     flat: bool
     share: bool = True
     transform: Transform | None = None
     logits: int = 0
+    sparing: bool = False
 
     def lengths(self, lengths: Lengths) -> Lengths:
         """Of groups, as rows hold them."""
@@ -176,14 +180,15 @@ def measure(network: nn.Module, batch: MicroBatch, manner: Manner) -> dict[str, 
         `policy` (B, K), nats, and `policy_tokens` (B, K, T), nats, 0 beyond a response's end; both fp32.
     """
     inputs, keep = _flat(batch) if manner.flat else _padded(batch)
-    if manner.transform is not None:
-        scoring = Scoring(keep, batch.targets, manner.transform, manner.logits)
-        tokens = network(**inputs, use_cache=False, align_scoring=scoring)
-    elif manner.flat:
-        tokens = token_logprobs(network(**inputs, use_cache=False, logits_to_keep=keep).logits[0], batch.targets)
-    else:
-        logits = network(**inputs, use_cache=False).logits
-        tokens = token_logprobs(logits.flatten(0, 1)[keep], batch.targets)
+    with sparing() if manner.sparing else nullcontext():
+        if manner.transform is not None:
+            scoring = Scoring(keep, batch.targets, manner.transform, manner.logits)
+            tokens = network(**inputs, use_cache=False, align_scoring=scoring)
+        elif manner.flat:
+            tokens = token_logprobs(network(**inputs, use_cache=False, logits_to_keep=keep).logits[0], batch.targets)
+        else:
+            logits = network(**inputs, use_cache=False).logits
+            tokens = token_logprobs(logits.flatten(0, 1)[keep], batch.targets)
     different = sum(len(span.responses) for span in batch.layout.spans)
     spread = tokens.new_zeros(different, batch.longest).index_put((batch.response, batch.slot), tokens)
     return {"policy": sum_by(tokens, batch.response, different)[batch.member], "policy_tokens": spread[batch.member]}

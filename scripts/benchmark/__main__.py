@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmark import contenders, flops, gate, groups, machine, picture, plan, processes, results, table
 from benchmark.contenders import ROOT, WORK, Record, Tuning
 from benchmark.lengths import Lengths, draw, shortened
@@ -345,16 +347,13 @@ class Bench:
 
 
 def lengths_of(case: Case) -> Lengths:
-    """Two draws, so that the steps that count have the table's means whatever the others are."""
-    shape = case.table if case.part in ("dataset", "gate") else shortened(case.table, plan.WARM)
-    warm = draw(shape, groups=case.groups * case.warm, responses=case.responses, seed=plan.SEED + 1)
-    return warm + draw(case.table, groups=case.groups * case.timed, responses=case.responses, seed=plan.SEED)
+    """Every step has the table's means and the lengths of all others: what it needs has been touched before it."""
+    step = draw(case.table, groups=case.groups, responses=case.responses, seed=plan.SEED)
+    return Lengths(np.tile(step.prompts, case.steps), np.tile(step.responses, (case.steps, 1)))
 
 
 def epoch_order(rows: int) -> list[int]:
     """The order in which align meets the rows of a file in its first epoch; `benchmark.tokens` holds align to it."""
-    import numpy as np
-
     return np.random.default_rng((plan.SEED, 0)).permutation(rows).tolist()
 
 
@@ -367,7 +366,7 @@ def gate_cases(cases: Sequence[Case]) -> list[Case]:
     for case in first.values():
         lengths = shortened(case.table, 4)
         for responses in (2,) if found else (2, 4):
-            found.append(Case("gate", case.shape, lengths, responses, 2, gate.STEPS - 1, (), 1))
+            found.append(Case("gate", case.shape, lengths, responses, 2, gate.STEPS - 1, (), 1, warm=1))
     return found
 
 
