@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 
 from align_cli.data.batches import Layout, MicroBatch, Span, flatten
 from align_cli.data.store import Group
-from align_cli.models import attention, causal, head, segments
+from align_cli.models import attention, causal, head, recompute, segments
 from align_cli.models.causal import Manner, error_of, measure, recompute_activations, silence_dropout, takes_flat_rows
 from align_cli.models.segments import SegmentAttention
 
@@ -200,6 +200,12 @@ def test_flat_rows_give_the_logprobs_and_gradients_of_single_sequences(
     assert_same(found, gradients(flat, found), expected, slopes)
     assert len(calls) == 4  # two layers, each again in the backward pass
     attention.register()
+
+    monkeypatch.setattr(recompute, "CACHED", 5 * 32)  # rows of norms in several parts
+    lean = build(family, attention.NAME)
+    recompute.install(lean)
+    found = measure(lean, batch, Manner(flat=True, sparing=True))["policy"]
+    assert_same(found, gradients(lean, found), expected, slopes)
 
 
 # --- the kernel of a GPU, as PyTorch describes it

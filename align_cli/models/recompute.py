@@ -84,7 +84,7 @@ def _parts(rows: Tensor) -> Iterator[slice]:
     return (slice(start, start + most) for start in range(0, len(rows), max(1, most)))
 
 
-class _Recipe:
+class Recipe:
     """How to make a tensor again."""
 
     def __init__(self, made: Tensor, function: RowsFunction, rows: Sequence[Tensor]) -> None:
@@ -103,7 +103,8 @@ class _Recipe:
 
     @torch.no_grad()
     def make(self) -> Tensor:
-        assert [each._version for each in self.rows] == self.versions, "the model overwrites what it will need again"
+        if [each._version for each in self.rows] != self.versions:
+            raise RuntimeError("the model overwrites what its backward pass needs; engine.selective_recompute=false")
         again = by_rows(self.function, self.rows) if self.again is None else self.again
         self.waiting -= 1
         self.again = again if self.waiting > 0 else None
@@ -114,9 +115,9 @@ class Spared:
     """What one forward pass need not keep: recipes of tensors by their addresses."""
 
     def __init__(self) -> None:
-        self.recipes: dict[int, _Recipe] = {}
+        self.recipes: dict[int, Recipe] = {}
 
-    def pack(self, tensor: Tensor) -> Tensor | tuple[_Recipe, torch.Size]:
+    def pack(self, tensor: Tensor) -> Tensor | tuple[Recipe, torch.Size]:
         recipe = self.recipes.get(tensor.data_ptr())
         # A tensor that is gone may have left its place to another.
         if recipe is None or not recipe.matches(tensor):
@@ -125,7 +126,7 @@ class Spared:
         return recipe, tensor.shape
 
     @staticmethod
-    def unpack(kept: Tensor | tuple[_Recipe, torch.Size]) -> Tensor:
+    def unpack(kept: Tensor | tuple[Recipe, torch.Size]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept[0].make().view(kept[1])
 
 
@@ -149,7 +150,7 @@ def _lean(function: RowsFunction, *rows: Tensor, parameters: Sequence[Tensor] = 
         return by_rows(function, rows)
     made: Any = ByRows.apply(function, len(rows), *rows, *parameters)
     if _passes:
-        _passes[-1].recipes[made.data_ptr()] = _Recipe(made, function, rows)
+        _passes[-1].recipes[made.data_ptr()] = Recipe(made, function, rows)
     return made
 
 

@@ -1,0 +1,169 @@
+"""What is computed again in the backward pass: the same values and gradients, and less that is kept."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from align_cli.models import recompute
+from align_cli.models.recompute import ByRows, Spared, sparing
+
+
+def llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype).train()  # pyright: ignore[reportArgumentType]
+
+
+def ids() -> Tensor:
+    return torch.randint(31, (3, 11), generator=torch.Generator().manual_seed(0))
+
+
+def gradients(network: nn.Module, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(network.parameters())))
+
+
+def bytes_kept(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Of all tensors that the backward pass will have, without weights."""
+    own = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
+    kept: dict[int, Tensor] = {}
+    plain = Spared.pack
+
+    def pack(self: Spared, tensor: Tensor) -> Any:
+        packed = plain(self, tensor)
+        for each in [packed] if isinstance(packed, Tensor) else packed[0].rows:
+            kept[each.untyped_storage().data_ptr()] = each
+        return packed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spared, "pack", pack)
+        with sparing():
+            network(input_ids=ids(), use_cache=False)
+    return sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in own)
+
+
+def test_values_are_the_same_bits_and_gradients_those_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "CACHED", 4 * 16)  # four rows of a norm at a time, two of a product
+    plain = llama()
+    expected = plain(input_ids=ids(), use_cache=False).logits
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    slopes = gradients(plain, (expected * weight).sum())
+    lean = copy.deepcopy(plain)
+    recompute.install(lean)
+    with sparing():
+        found = lean(input_ids=ids(), use_cache=False).logits
+    assert torch.equal(found, expected)
+    # Sums over rows are made in another order; every term is at most the largest entry, in float64.
+    for slope, own in zip(gradients(lean, (found * weight).sum()), slopes, strict=True):
+        torch.testing.assert_close(slope, own, rtol=1e-12, atol=1e-12)
+
+
+def test_without_gradients_and_outside_of_a_sparing_pass_the_model_is_itself() -> None:
+    plain = llama()
+    lean = copy.deepcopy(plain)
+    recompute.install(lean)
+    with torch.no_grad():
+        assert torch.equal(lean(input_ids=ids()).logits, plain(input_ids=ids()).logits)
+    one, other = (network(input_ids=ids(), use_cache=False).logits.square().sum() for network in (lean, plain))
+    for slope, own in zip(gradients(lean, one), gradients(plain, other), strict=True):
+        torch.testing.assert_close(slope, own, rtol=1e-12, atol=1e-12)
+
+
+def test_a_copy_of_a_model_computes_with_its_own_weights() -> None:
+    lean = llama()
+    recompute.install(lean)
+    other = copy.deepcopy(lean)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(2)
+    assert not torch.allclose(lean(input_ids=ids()).logits, other(input_ids=ids()).logits)
+
+
+def test_less_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = llama(torch.bfloat16)
+    lean = copy.deepcopy(plain)
+    recompute.install(lean)
+    assert bytes_kept(lean, monkeypatch) < 0.6 * bytes_kept(plain, monkeypatch)
+
+
+def test_a_product_that_three_need_is_made_again_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lean = llama()
+    recompute.install(lean)
+    made: list[int] = []
+    plain = recompute.by_rows
+    monkeypatch.setattr(recompute, "by_rows", lambda *given: made.append(1) or plain(*given))
+    with sparing():
+        loss = lean(input_ids=ids(), use_cache=False).logits.sum()
+    forward = len(made)
+    assert forward == 2 * 3 + 1  # two norms and a product in each layer, and the last norm
+    loss.backward()
+    assert len(made) == 2 * forward
+
+
+def test_frozen_weights_get_no_gradient_and_pass_it_on() -> None:
+    network = llama()
+    recompute.install(network)
+    network.requires_grad_(False)
+    network.get_input_embeddings().weight.requires_grad_(True)  # pyright: ignore[reportAttributeAccessIssue]
+    with sparing():
+        network(input_ids=ids(), use_cache=False).logits.square().sum().backward()
+    trained = [name for name, weight in network.named_parameters() if weight.grad is not None]
+    assert trained == ["model.embed_tokens.weight"]
+    norm = network.model.norm
+    inner = torch.randn(2, 16, dtype=torch.float64)
+    norm.weight.requires_grad_(True)
+    norm(inner).sum().backward()  # the rows want none
+    assert norm.weight.grad is not None
+
+
+def test_gradients_of_rows_are_right_to_finite_differences() -> None:
+    norm = nn.RMSNorm(5, eps=1e-6).double()  # transformers' own are fp32 inside
+    rows = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: ByRows.apply(norm, 1, x, w), (rows, norm.weight))
+
+    def product(gate: Tensor, up: Tensor) -> Tensor:
+        return torch.nn.functional.silu(gate) * up
+
+    other = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda g, u: ByRows.apply(product, 2, g, u), (rows, other))
+
+
+def test_a_feed_forward_part_that_computes_something_else_is_left_alone() -> None:
+    class Clipped(LlamaMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.01) * self.up_proj(x))
+
+    network = llama()
+    network.model.layers[0].mlp = Clipped(network.config).double()  # pyright: ignore[reportArgumentType]
+    recompute.install(network)
+    assert "forward" not in vars(network.model.layers[0].mlp)
+    assert "forward" in vars(network.model.layers[1].mlp)
+
+
+def test_a_tensor_at_the_address_of_one_that_is_gone_is_kept() -> None:
+    spared = Spared()
+    made = torch.ones(2, 3)
+    spared.recipes[made.data_ptr()] = recompute.Recipe(made, lambda rows: rows + 1, [made])
+    assert not isinstance(spared.pack(made.view(6)), Tensor)
+    alias = made.detach()
+    del made
+    assert spared.pack(alias) is alias
+
+
+def test_a_model_that_overwrites_what_is_needed_again_is_refused() -> None:
+    rows = torch.ones(2, 3)
+    recipe = recompute.Recipe(torch.ones(2, 3), lambda rows: rows + 1, [rows])
+    rows.add_(1)
+    with pytest.raises(RuntimeError, match="overwrites"):
+        recipe.make()
