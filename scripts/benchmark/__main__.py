@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ import numpy as np
 from benchmark import contenders, flops, gate, groups, machine, picture, plan, processes, results, table
 from benchmark.contenders import ROOT, WORK, Record, Tuning
 from benchmark.lengths import Lengths, draw, shortened
-from benchmark.plan import ALIGN, SHIPPED, TUNED, Case
+from benchmark.plan import ALIGN, HALF, SHIPPED, TUNED, Case
 from benchmark.shapes import SHAPES
 
 RESULTS = ROOT / "scripts" / "benchmark" / "results"
 ATTEMPTS = 3  # of a run that others disturb
-UNTRIED = Tuning(micro_batch=1, weights="bfloat16")
 # How much longer than at the measured rate of bf16 products a step is guessed to take, before any has been run.
-GUESS = {ALIGN: 3.0, SHIPPED: 32.0, TUNED: 12.0}
+GUESS = {ALIGN: 3.0, SHIPPED: 32.0, TUNED: 14.0, HALF: 12.0}
 STARTING = 14.0  # seconds of a run before its first step
 
 
@@ -188,52 +187,32 @@ class Bench:
 
     # --- tuning the peer
 
-    def tuning(self, case: Case) -> Tuning:
-        """The fastest micro-batch and weights for a case; tried once, and recorded.
+    def tuning(self, case: Case, weights: str) -> Tuning:
+        """The fastest micro-batch for a case and a type of weights; tried once, and recorded.
 
-        A model's weights are chosen on its first case. The micro-batch is tried upwards until it gets slower; a model
-        whose steps are long takes what the smallest model was fastest with on the same lengths and K.
+        It is tried upwards until it gets slower, on the smallest model and its shortest case; one group at a time
+        stays the fastest where groups are longer or the model is larger.
         """
         done = self.data["sweeps"]
-        key = case.name
-        if key in done:
-            return Tuning(**done[key]["best"])
-        alike = [
-            sweep
-            for name, sweep in done.items()
-            if (sweep["lengths"], sweep["responses"]) == (case.table.name, case.responses)
-            and sweep["model"] != case.shape.name
-        ]
-        same_model = [sweep["best"]["weights"] for sweep in done.values() if sweep["model"] == case.shape.name]
-        kinds = [same_model[0]] if same_model else ["bfloat16", "float32"]
         if case.part != "target":
-            same = [Tuning(**sweep["best"]) for sweep in done.values() if sweep["model"] == case.shape.name]
-            return Tuning(1, same[0].weights) if same else UNTRIED
-        sizes = [size for size in (1, 2, 4, 8) if case.groups % size == 0]
-        if alike:
-            sizes = [min(alike[0]["best"]["micro_batch"], case.groups)]
-            if same_model:
-                return Tuning(sizes[0], same_model[0])
+            return Tuning(1, weights)
+        for sweep in done.values():
+            if sweep["best"]["weights"] == weights and (
+                sweep["case"] == case.name or sweep["best"]["micro_batch"] == 1
+            ):
+                return Tuning(**sweep["best"])
         tried: list[Record] = []
-        best, speed = UNTRIED, 0.0
-        for size in sizes:
-            found = [(self.try_tuning(case, Tuning(size, weights), tried), weights) for weights in kinds]
-            fastest, weights = max(found)
-            kinds = [weights]
-            if fastest > speed:
-                best, speed = Tuning(size, weights), fastest
-            else:
+        best, speed = Tuning(1, weights), 0.0
+        for size in (1, 2, 4, 8):
+            if case.groups % size:
                 break
-        if not same_model:
-            # for the record: what keeping freed memory would give the peer, which its users are not told to do
-            self.try_tuning(case, Tuning(best.micro_batch, best.weights, allocator=True), tried)
-        done[key] = {
-            "model": case.shape.name,
-            "lengths": case.table.name,
-            "responses": case.responses,
-            "tried": tried,
-            "best": asdict(best),
-        }
+            fastest = self.try_tuning(case, Tuning(size, weights), tried)
+            if fastest <= speed:
+                break
+            best, speed = Tuning(size, weights), fastest
+        # for the record: what keeping freed memory would give the peer, which its users are not told to do
+        self.try_tuning(case, replace(best, allocator=True), tried)
+        done[f"{case.name}, {weights}"] = {"case": case.name, "tried": tried, "best": asdict(best)}
         say(f"TRL on {case.name} is fastest with {best.told()}")
         self.save()
         return best
@@ -274,8 +253,8 @@ class Bench:
         if (case.name, contender) in self.failed:
             return
         model, rows, order = self.inputs[case.name]
-        peer = contender in (SHIPPED, TUNED)
-        tuning = self.tuning(case) if contender == TUNED else None
+        peer = contender == SHIPPED or contender in plan.WEIGHTS_OF
+        tuning = self.tuning(case, plan.WEIGHTS_OF[contender]) if contender in plan.WEIGHTS_OF else None
         for attempt in range(ATTEMPTS):
             if peer:
                 job = contenders.peer_job(case, model=model, rows=rows, order=order, tuning=tuning)

@@ -4,7 +4,7 @@ As shipped, everything that speed depends on is the default of `DPOConfig` and `
 where a step has fewer), padded to their longest sequence; gradient checkpointing; bf16 autocast over fp32 weights; a
 second model as the reference, evaluated in every step; fused AdamW without weight decay, which is Trainer's default.
 
-Tuned, the job says: micro-batch, bf16 weights or autocast, no checkpointing, reference precomputed.
+Tuned, the job says: micro-batch, bf16 weights or autocast over fp32 weights, no checkpointing, reference precomputed.
 
 What differs from an ordinary use of TRL in all cases: the groups come in a fixed order (Trainer's `sequential`
 sampling), nothing is saved, and a callback says when a step has ended.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -142,6 +142,7 @@ def main() -> None:
             "reference_reused": reused,
             "losses": recorder.losses if recorder else None,
             "weights": sorted(weights),
+            "moved": _moved(trainer.model, Path(job["model"])),
             "used": {
                 name: str(vars(args)[name])
                 for name in (
@@ -162,6 +163,14 @@ def main() -> None:
             },
         }
     )
+
+
+def _moved(model: Any, start: Path) -> float:
+    """The share of weights that training has changed."""
+    before = load_file(start / "model.safetensors")
+    now = {name: weight for name, weight in model.named_parameters() if name in before}
+    changed = sum(int((weight != before[name].to(weight.dtype)).sum()) for name, weight in now.items())
+    return changed / sum(weight.numel() for weight in now.values())
 
 
 def _token_ids(rows: Any) -> Any:

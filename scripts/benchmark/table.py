@@ -54,6 +54,10 @@ def lines(data: Mapping[str, Any]) -> list[str]:
         f"threads {data['settings']['threads']}; torch {versions['torch']}, transformers {versions['transformers']}, "
         f"TRL {versions['trl']}; {data['started'][:10]}, revision {data['git'][:12]}.",
     ]
+    moved = {run["contender"]: run["moved"] for run in data["runs"] if run.get("moved") is not None}
+    if moved:
+        shares = ", ".join(f"{contender} {share:.1%}" for contender, share in sorted(moved.items()))
+        told.append(f"Share of weights that a run's steps have moved: {shares}.")
     if loaded:
         told.append(f"{loaded} runs were taken while other processes were at work: these figures are of no use.")
     return told
