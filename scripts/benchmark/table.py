@@ -58,6 +58,18 @@ def lines(data: Mapping[str, Any]) -> list[str]:
     if moved:
         shares = ", ".join(f"{contender} {share:.1%}" for contender, share in sorted(moved.items()))
         told.append(f"Share of weights that a run's steps have moved: {shares}.")
+    kept = [
+        f"{each['groups_per_second']:.3g} groups/s with {'fp32' if each['weights'] == 'float32' else 'bf16'} weights"
+        for sweep in data["sweeps"].values()
+        for each in sweep["tried"]
+        if each["allocator"]
+    ]
+    if kept:
+        told.append(
+            f"Told by two variables of the environment to keep freed memory, glibc gave TRL {' and '.join(kept)} on the "
+            "first case, in one run each; its users are not told to do so, and on a machine whose fresh memory costs "
+            "less they would gain less."
+        )
     if loaded:
         told.append(f"{loaded} runs were taken while other processes were at work: these figures are of no use.")
     return told
