@@ -66,9 +66,9 @@ def lines(data: Mapping[str, Any]) -> list[str]:
     ]
     if kept:
         told.append(
-            f"Told by two variables of the environment to keep freed memory, TRL made {' and '.join(kept)} on the first "
-            "case, in one run each; its users are not told to do so, and where fresh memory costs less they would gain "
-            "less."
+            "Told by two variables of the environment to keep freed memory, TRL made "
+            f"{' and '.join(kept)} on the first case, in one run each; its users are not told to do so, and where "
+            "fresh memory costs less they would gain less."
         )
     if loaded:
         told.append(f"{loaded} runs were taken while other processes were at work: these figures are of no use.")
