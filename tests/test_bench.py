@@ -168,7 +168,7 @@ def test_every_plan_has_names_of_its_own_and_ways_to_run_them() -> None:
     for cases in (plan.full(5), plan.quick(2), plan.smoke(1)):
         names = [one.name for one in cases]
         assert len(set(names)) == len(names)
-        known = {SHIPPED, *plan.WEIGHTS_OF, *plan.OVERRIDES}
+        known = {SHIPPED, TUNED, *plan.OVERRIDES}
         assert {contender for one in cases for contender in one.contenders} <= known
         assert all(one.groups % min(8, one.groups) == 0 for one in cases)
     compared = {(c.table.name, c.responses, other) for c in plan.full(5) for other in c.contenders}

@@ -14,13 +14,13 @@ import numpy as np
 from benchmark import contenders, flops, gate, groups, machine, picture, plan, processes, results, table
 from benchmark.contenders import ROOT, WORK, Record, Tuning
 from benchmark.lengths import Lengths, draw, shortened
-from benchmark.plan import ALIGN, HALF, SHIPPED, TUNED, Case
+from benchmark.plan import ALIGN, SHIPPED, TUNED, Case
 from benchmark.shapes import SHAPES
 
 RESULTS = ROOT / "scripts" / "benchmark" / "results"
 ATTEMPTS = 3  # of a run that others disturb
 # How much longer than at the measured rate of bf16 products a step is guessed to take, before any has been run.
-GUESS = {ALIGN: 3.0, SHIPPED: 32.0, TUNED: 14.0, HALF: 12.0}
+GUESS = {ALIGN: 3.0, SHIPPED: 32.0, TUNED: 14.0}
 STARTING = 14.0  # seconds of a run before its first step
 
 
@@ -187,32 +187,32 @@ class Bench:
 
     # --- tuning the peer
 
-    def tuning(self, case: Case, weights: str) -> Tuning:
-        """The fastest micro-batch for a case and a type of weights; tried once, and recorded.
+    def tuning(self, case: Case) -> Tuning:
+        """The fastest micro-batch for a case; tried once, and recorded.
 
         It is tried upwards until it gets slower, on the smallest model and its shortest case; one group at a time
         stays the fastest where groups are longer or the model is larger.
         """
         done = self.data["sweeps"]
+        plain = Tuning(1, plan.WEIGHTS)
         if case.part != "target":
-            return Tuning(1, weights)
+            return plain
         for sweep in done.values():
-            if sweep["best"]["weights"] == weights and (
-                sweep["case"] == case.name or sweep["best"]["micro_batch"] == 1
-            ):
+            if sweep["case"] == case.name or sweep["best"] == asdict(plain):
                 return Tuning(**sweep["best"])
         tried: list[Record] = []
-        best, speed = Tuning(1, weights), 0.0
+        best, speed = plain, 0.0
         for size in (1, 2, 4, 8):
             if case.groups % size:
                 break
-            fastest = self.try_tuning(case, Tuning(size, weights), tried)
+            fastest = self.try_tuning(case, replace(plain, micro_batch=size), tried)
             if fastest <= speed:
                 break
-            best, speed = Tuning(size, weights), fastest
-        # for the record: what keeping freed memory would give the peer, which its users are not told to do
+            best, speed = replace(plain, micro_batch=size), fastest
+        # for the record: other types, and keeping freed memory, which the peer's users are not told to do
+        self.try_tuning(case, replace(best, weights=plan.OTHER_WEIGHTS), tried)
         self.try_tuning(case, replace(best, allocator=True), tried)
-        done[f"{case.name}, {weights}"] = {"case": case.name, "tried": tried, "best": asdict(best)}
+        done[case.name] = {"case": case.name, "tried": tried, "best": asdict(best)}
         say(f"TRL on {case.name} is fastest with {best.told()}")
         self.save()
         return best
@@ -228,11 +228,15 @@ class Bench:
                 break
         found = contenders.record_of(case, ended, told)
         settings = self.data["settings"]["cases"][case.name]
-        speed = results.groups_per_second(found, settings) if ended.code == 0 else 0.0
-        peak = ended.peak_bytes
-        tried.append(asdict(tuning) | {"groups_per_second": speed, "peak_bytes": peak, "others": ended.others})
-        say(f"  {tuning.told()}: {speed:.3g} groups/s, {peak / 1e9:.2f} GB")
-        return speed
+        seen = {
+            "groups_per_second": results.groups_per_second(found, settings) if ended.code == 0 else 0.0,
+            "peak_bytes": ended.peak_bytes,
+            "others": ended.others,
+            "moved": told.get("moved"),
+        }
+        tried.append(asdict(tuning) | seen)
+        say(f"  {tuning.told()}: {seen['groups_per_second']:.3g} groups/s, {ended.peak_bytes / 1e9:.2f} GB")
+        return seen["groups_per_second"]
 
     # --- the runs
 
@@ -253,8 +257,8 @@ class Bench:
         if (case.name, contender) in self.failed:
             return
         model, rows, order = self.inputs[case.name]
-        peer = contender == SHIPPED or contender in plan.WEIGHTS_OF
-        tuning = self.tuning(case, plan.WEIGHTS_OF[contender]) if contender in plan.WEIGHTS_OF else None
+        peer = contender in (SHIPPED, TUNED)
+        tuning = self.tuning(case) if contender == TUNED else None
         for attempt in range(ATTEMPTS):
             if peer:
                 job = contenders.peer_job(case, model=model, rows=rows, order=order, tuning=tuning)

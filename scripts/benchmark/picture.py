@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import results
-from benchmark.plan import ALIGN, HALF, SHIPPED, TUNED, UNSHARED
+from benchmark.plan import ALIGN, SHIPPED, TUNED, UNSHARED
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; markers tell them apart in grey.
 STYLE = {
     ALIGN: ("#0072B2", "o"),
     UNSHARED: ("#56B4E9", "s"),
     TUNED: ("#D55E00", "^"),
-    HALF: ("#CC79A7", "D"),
     SHIPPED: ("#E69F00", "v"),
 }
 PAPER, INK = "#ffffff", "#222222"  # its own ground, so that it reads on a light and on a dark page

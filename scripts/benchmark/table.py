@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmark import plan
+
 BEGIN = "<!-- bench: begin -->"
 END = "<!-- bench: end -->"
 
@@ -54,22 +56,16 @@ def lines(data: Mapping[str, Any]) -> list[str]:
         f"threads {data['settings']['threads']}; torch {versions['torch']}, transformers {versions['transformers']}, "
         f"TRL {versions['trl']}; {data['started'][:10]}, revision {data['git'][:12]}.",
     ]
-    moved = {run["contender"]: run["moved"] for run in data["runs"] if run.get("moved") is not None}
-    if moved:
-        shares = ", ".join(f"{contender} {share:.1%}" for contender, share in sorted(moved.items()))
-        told.append(f"Share of weights that a run's steps have moved: {shares}.")
-    kept = [
-        f"{each['groups_per_second']:.3g} groups/s with {'fp32' if each['weights'] == 'float32' else 'bf16'} weights"
-        for sweep in data["sweeps"].values()
-        for each in sweep["tried"]
-        if each["allocator"]
-    ]
-    if kept:
-        told.append(
-            "Told by two variables of the environment to keep freed memory, TRL made "
-            f"{' and '.join(kept)} on the first case, in one run each; its users are not told to do so, and where "
-            "fresh memory costs less they would gain less."
-        )
+    for sweep in data["sweeps"].values():
+        for each in sweep["tried"]:
+            made = f"{each['groups_per_second']:.3g} groups/s at {each['peak_bytes'] / 1e9:.2f} GB"
+            if each["weights"] != plan.WEIGHTS and each["moved"] is not None:
+                told.append(f"With bf16 weights TRL made {made}, and {each['moved']:.1%} of its weights moved.")
+            if each["allocator"]:
+                told.append(
+                    f"Told by two variables of the environment to keep freed memory, TRL made {made} in one run; its "
+                    "users are not told to do so, and where fresh memory costs less they would gain less."
+                )
     if loaded:
         told.append(f"{loaded} runs were taken while other processes were at work: these figures are of no use.")
     return told
