@@ -1,7 +1,10 @@
 """What a process settles before it computes, and that what the user has set stays."""
 
+import platform
 import subprocess
 import sys
+
+import pytest
 
 SETTLE = "from align_cli import process; process.settle()"
 
@@ -22,3 +25,36 @@ def test_memory_comes_in_large_pages_unless_the_user_says_otherwise() -> None:
     pages = f"{SETTLE}; import os; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
     assert told(pages) == "1"
     assert told(pages, THP_MEM_ALLOC_ENABLE="0") == "0"
+
+
+FREED = f"""
+{SETTLE}
+import ctypes
+from pathlib import Path
+
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes, library.free.argtypes = (
+    ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+)
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) // 1024
+
+size = 50 << 20
+before = held()
+block = library.malloc(size)
+ctypes.memset(block, 1, size)
+library.free(block)
+kept = held() - before
+process.trim()
+print(kept, held() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are of glibc")
+def test_freed_memory_is_kept_until_it_is_trimmed_unless_the_user_says_otherwise() -> None:
+    kept, left = map(int, told(FREED).split())
+    assert kept >= 50 and left <= 2
+    kept, left = map(int, told(FREED, MALLOC_TRIM_THRESHOLD_="131072").split())
+    assert kept <= 2 and left <= 2
