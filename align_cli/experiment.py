@@ -183,7 +183,7 @@ def read(tree: Tree) -> Experiment:
     engine = _section(tree, "engine")
     if engine.get("name") == "auto" or engine.get("micro_tokens") == "auto":
         tree = {**tree, "engine": _begun_on(tree, engine)}
-    if tree["engine"].get("micro_tokens") != "auto":
+    if _section(tree, "engine").get("micro_tokens") != "auto":
         return _staged(tree)
     return roomy(_staged(_with(tree, micro_tokens=BUDGET)))
 

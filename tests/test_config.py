@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from small_runs import align, overrides, read
 
-from align_cli import config, paths, rundir, worker
+from align_cli import config, experiment, paths, rundir, worker
 from align_cli.errors import UserError
 
 GROUPS = config.group_names()
@@ -225,3 +225,11 @@ def test_a_plugin_does_not_replace_our_own_parts(plugin: str) -> None:
     assert config.find("align_cli.losses", "nca", "algo").__module__ == "align_cli.losses.nca"
     with pytest.raises(UserError, match=r"there is no function dataclass for it in align_cli\.divergences"):
         config.find("align_cli.divergences", "dataclass", "divergence")
+
+
+def test_a_configuration_without_a_whole_engine_is_refused_in_a_sentence() -> None:
+    tree = compose("algo=nca")
+    with pytest.raises(UserError, match="engine is missing"):
+        experiment.read({name: section for name, section in tree.items() if name != "engine"})
+    with pytest.raises(UserError, match="engine=5: a section with keys"):
+        experiment.read({**tree, "engine": 5})

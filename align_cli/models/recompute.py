@@ -8,6 +8,7 @@ of Korthikanti et al. 2022, arXiv:2205.05198, where it is cheapest.
 Rows of norms and products do not see each other, so on a CPU they go a cache's worth at a time.
 """
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -183,8 +184,10 @@ def kinds(network: nn.Module) -> frozenset[Literal["norms", "products"]]:
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
-    # torch's own norms keep little by themselves
-    return type(module).__name__.endswith("RMSNorm") and type(module).__module__.startswith("transformers.")
+    # torch's own norms keep little by themselves; a gated one takes more than its rows
+    kind = type(module)
+    ours = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.")
+    return ours and len(inspect.signature(kind.forward).parameters) == 2
 
 
 def _looks_gated(module: nn.Module) -> bool:

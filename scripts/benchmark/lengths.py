@@ -117,9 +117,6 @@ class Lengths:
             padded += longest * k * len(self.prompts[chosen])
         return float(padded / self.logical().sum())
 
-    def __add__(self, other: "Lengths") -> "Lengths":
-        return Lengths(np.concatenate([self.prompts, other.prompts]), np.concatenate([self.responses, other.responses]))
-
     def __getitem__(self, chosen: slice) -> "Lengths":
         return Lengths(self.prompts[chosen], self.responses[chosen])
 
