@@ -35,11 +35,14 @@ class Divergence:
             beyond, see `STEEPEST`.
         links: whether f′(0+) = −∞. Only then does every reward have a policy that is optimal under the divergence
             as a regulariser, r = β f′(π/π_ref) + const, and only then may it serve f-DPO.
+        limit: f′(∞), what a unit of π costs where p is 0. It is +∞ where the divergence forbids that; then a target
+            that excludes responses has no meaning.
     """
 
     f: Callable[[Tensor], Tensor]
     f_prime: Callable[[Tensor], Tensor]
     links: bool
+    limit: float
 
 
 def reverse_kl() -> Divergence:
@@ -48,6 +51,7 @@ def reverse_kl() -> Divergence:
         f=lambda log_ratio: log_ratio.exp() * log_ratio - torch.expm1(log_ratio),
         f_prime=lambda log_ratio: log_ratio,
         links=True,
+        limit=math.inf,
     )
 
 
@@ -55,8 +59,9 @@ def forward_kl() -> Divergence:
     """KL(p ‖ π): f(t) = t − 1 − log t, f′(t) = 1 − 1/t."""
     return Divergence(
         f=lambda log_ratio: torch.expm1(log_ratio) - log_ratio,
-        f_prime=lambda log_ratio: -_expm1(-log_ratio),
+        f_prime=lambda log_ratio: -expm1(-log_ratio),
         links=True,
+        limit=1.0,
     )
 
 
@@ -70,6 +75,7 @@ def js() -> Divergence:
         f=lambda log_ratio: log_ratio.exp() * f_prime(log_ratio) - softplus(log_ratio) + math.log(2),
         f_prime=f_prime,
         links=True,
+        limit=math.log(2),
     )
 
 
@@ -82,12 +88,63 @@ def alpha(*, alpha: OpenFraction) -> Divergence:
     """
     return Divergence(
         f=lambda log_ratio: (torch.expm1(alpha * log_ratio) - alpha * torch.expm1(log_ratio)) / (alpha * (alpha - 1)),
-        f_prime=lambda log_ratio: _expm1((alpha - 1) * log_ratio) / (alpha - 1),
+        f_prime=lambda log_ratio: expm1((alpha - 1) * log_ratio) / (alpha - 1),
         links=True,
+        limit=1 / (1 - alpha),
     )
 
 
-def _expm1(exponent: Tensor) -> Tensor:
+def tv() -> Divergence:
+    """Total variation, Σ |π − p|/2: f(t) = |t − 1|/2, f′(t) = sign(t − 1)/2."""
+    return Divergence(
+        f=lambda log_ratio: torch.expm1(log_ratio).abs() / 2,
+        f_prime=lambda log_ratio: log_ratio.sign() / 2,
+        links=False,
+        limit=0.5,
+    )
+
+
+def hellinger() -> Divergence:
+    """The squared Hellinger distance, Σ (√π − √p)²: f(t) = (√t − 1)², f′(t) = 1 − 1/√t."""
+    return Divergence(
+        f=lambda log_ratio: torch.expm1(log_ratio / 2) ** 2,
+        f_prime=lambda log_ratio: -expm1(-log_ratio / 2),
+        links=True,
+        limit=1.0,
+    )
+
+
+def forward_chi2() -> Divergence:
+    """χ²(p ‖ π) = Σ (p − π)²/π: f(t) = (t − 1)²/t, f′(t) = 1 − 1/t²."""
+    return Divergence(
+        f=lambda log_ratio: torch.expm1(log_ratio) + torch.expm1(-log_ratio),
+        f_prime=lambda log_ratio: -expm1(-2 * log_ratio),
+        links=True,
+        limit=1.0,
+    )
+
+
+def reverse_chi2() -> Divergence:
+    """χ²(π ‖ p) = Σ (π − p)²/p: f(t) = (t − 1)², f′(t) = 2 (t − 1)."""
+    return Divergence(
+        f=lambda log_ratio: torch.expm1(log_ratio) ** 2,
+        f_prime=lambda log_ratio: 2 * expm1(log_ratio),
+        links=False,
+        limit=math.inf,
+    )
+
+
+def jeffreys() -> Divergence:
+    """KL(π ‖ p) + KL(p ‖ π): f(t) = (t − 1) log t, f′(t) = log t + 1 − 1/t."""
+    return Divergence(
+        f=lambda log_ratio: torch.expm1(log_ratio) * log_ratio,
+        f_prime=lambda log_ratio: log_ratio - expm1(-log_ratio),
+        links=True,
+        limit=math.inf,
+    )
+
+
+def expm1(exponent: Tensor) -> Tensor:
     """e^exponent − 1, continued by its tangent beyond `STEEPEST`."""
     # Terms whose slopes do not overlap: e^20 taken from itself would leave rounding errors above 1 in float32.
     return torch.expm1(exponent.clamp(max=STEEPEST)) + math.exp(STEEPEST) * (exponent - STEEPEST).relu()
