@@ -7,8 +7,8 @@ demand, without gradient, each once, by producers: functions of the same kind, w
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,19 +18,57 @@ GLOSSARY = {
     # the policy's own: the only columns with gradient
     "policy": "(B, K) log π_θ(y_k|x), nats, summed over response tokens and stop token",
     "policy_tokens": "(B, K, T) log π_θ of each response token, nats, 0 beyond a response's end",
+    "values": "(B, K, T) what the critic expects before each response token, in units of the reward, 0 beyond the end",
+    "scores": "(B, K) the reward model's r(x, y_k)",
     # given by the source
     "ratings": "(B, K) the data's scalar for each response, as it stands in the data",
     "lengths": "(B, K) response tokens, stop token included",
     "batch": "the micro-batch itself: token ids and layout, for producers that run a model",
+    "behavior": "(B, K) log-probability of y_k under the distribution that it was sampled from, nats; of rollouts",
+    "behavior_tokens": "(B, K, T) the same of each response token, nats, 0 beyond a response's end; of rollouts",
+    "features": "(B, K, F) what the features of target=exponential say of each sampled response",
     "mask": "(B, K, T) 1 on response tokens, 0 beyond a response's end",
     # made
     "rewards": "(B, K) r(x, y_k), the ratings after the `reward` group",
     "reference": "(B, K) log π_ref(y_k|x), nats, as `policy`",
+    "reference_tokens": "(B, K, T) log π_ref of each response token, nats, 0 beyond a response's end",
     "pairs": "(B, K, K) weight of 'y_i is preferred to y_j'; sums to 1 for each prompt",
+    "target": "(B, K) log P(x, y_k) of the distribution to approximate, up to log_z, nats; -inf where excluded",
+    "lambdas": "(B, F) weight of each feature in the target, nats per unit of it; alike for all prompts",
+    "log_z": "(B,) log Z(x), which normalises the target, nats",
     "mismatch_kl": "(B,) the step's estimate of KL(π_θ || π_ref) from mismatched prompts and responses, nats, >= 0",
+    "old_values": "(B, K, T) `values` as they were when the responses were drawn",
+    "token_rewards": "(B, K, T) what each token earns: its KL penalty, and the last one the response's reward besides",
+    "raw_advantages": "(B, K, T) by how much each token was better than expected, of the `advantage` group",
+    "advantages": "(B, K, T) the same, with mean 0 and deviation 1 over the step where `advantage.whiten` asks for it",
+    "returns": "(B, K, T) what `values` is to predict, in units of the reward",
+    "baselines": "(B, N) ratings of N responses of the starting model to each prompt",
+    "greedy": "(B,) rating of the policy's most likely response to each prompt",
 }
 
-POLICY = frozenset({"policy", "policy_tokens"})
+REMEMBERED = {"policy": "behavior", "policy_tokens": "behavior_tokens", "values": "old_values"}
+"""What the policy's own columns are called once they are those of the policy that sampled."""
+
+
+@runtime_checkable
+class Gathers(Protocol):
+    """A producer that looks at a whole step before it makes its column of any micro-batch."""
+
+    def gather(self, filled: Sequence[Mapping[str, Any]]) -> None:
+        """Take in the columns of this rank's micro-batches; every rank calls it."""
+        ...
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A producer with a state, which is saved with the run."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        ...
+
+
+POLICY = frozenset({"policy", "policy_tokens", "values", "scores"})
 
 
 def asked(function: Callable[..., Any]) -> list[str]:

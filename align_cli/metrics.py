@@ -1,15 +1,23 @@
-"""What a preference run logs at a step, named as in TRL.
+"""What a run logs at a step, named as in TRL.
 
 Each metric is a (sum, count) pair of 0-dimensional tensors: the caller adds the pairs over micro-batches and ranks and
-divides once, so that a step's figure does not depend on how the step was split. The count is in prompts.
+divides once, so that a step's figure does not depend on how the step was split. The count is in prompts, or, where it
+says so, in response tokens.
 
 "Chosen" is the response with the best rating, the first one of ties; "rejected" are all others, averaged for each
 prompt. With K = 1 there are none, and their metrics are absent. `rewards/*` are the implicit rewards
 β log π_θ/π_ref, in nats times β; they stay so under every loss.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from align_cli.divergences import Divergence, forward_kl, js, reverse_kl, tv
+from align_cli.preferences import gap
+from align_cli.surrogates import ratio
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -96,6 +104,193 @@ def displacement(policy: Tensor, reference: Tensor, ratings: Tensor, lengths: Te
     return _over_prompts(values)
 
 
+def sampled(policy: Tensor, reference: Tensor, ratings: Tensor, lengths: Tensor) -> Metrics:
+    """`rollout/*`: what the policy's own samples are like.
+
+    Args:
+        policy: (B, K) log π_θ(y_k|x) of responses drawn from π_θ, nats.
+        reference: (B, K) log π_ref(y_k|x), nats.
+        ratings: (B, K) the scorer's.
+        lengths: (B, K) response tokens.
+
+    Returns:
+        rollout/score, rollout/length (tokens), rollout/entropy (nats of a response), and rollout/kl, an estimate of
+        KL(π_θ ‖ π_ref) in nats whose terms are all at least 0: log t − 1 + 1/t with t = π_θ/π_ref.
+    """
+    values = {
+        "rollout/score": ratings.to(policy.dtype).mean(-1),
+        "rollout/length": lengths.to(policy.dtype).mean(-1),
+        "rollout/entropy": -policy.mean(-1),
+        "rollout/kl": _terms(reverse_kl(), policy - reference).mean(-1),
+    }
+    return _over_prompts(values)
+
+
+def moments(features: Tensor, *, names: Sequence[str]) -> Metrics:
+    """`rollout/moment/*`: the mean of each feature over the policy's own samples.
+
+    Args:
+        features: (B, K, F).
+        names: of the F features.
+    """
+    means = features.mean(1)
+    return _over_prompts({f"rollout/moment/{name}": means[:, place] for place, name in enumerate(names)})
+
+
+def approximation(policy: Tensor, target: Tensor, log_z: Tensor) -> Metrics:
+    """`divergence/*`: how far the policy is from a target, from the policy's own samples.
+
+    D_f(π ‖ p) = E_π[f(t)/t] + f′(∞) π(p = 0) with t = π/p; every term is at least 0. A divergence that is infinite
+    where the target excludes responses is left out if it excludes any of these.
+
+    Args:
+        policy: (B, K) log π_θ(y_k|x) of responses drawn from π_θ, nats.
+        target: (B, K) log P(x, y_k), −∞ where excluded.
+        log_z: (B,) log Z(x); prompts where it is −∞ are not counted.
+
+    Returns:
+        divergence/forward_kl, divergence/reverse_kl, divergence/tv, divergence/js (half of `divergences.js`, as it is
+        usually written); divergence/log_z, divergence/excluded, the share of samples that the target excludes.
+    """
+    known = log_z > -torch.inf
+    policy, target, log_z = policy[known], target[known], log_z[known]
+    excluded = target == -torch.inf
+    log_ratio = policy - target.masked_fill(excluded, 0.0) + log_z[:, None]
+    values = {"divergence/log_z": log_z, "divergence/excluded": excluded.to(policy.dtype).mean(-1)}
+    kinds = {"forward_kl": (forward_kl(), 1.0), "reverse_kl": (reverse_kl(), 1.0), "tv": (tv(), 1.0), "js": (js(), 0.5)}
+    for name, (divergence, scale) in kinds.items():
+        if math.isfinite(divergence.limit) or not bool(excluded.any()):
+            inside = _terms(divergence, log_ratio)
+            values[f"divergence/{name}"] = scale * torch.where(excluded, divergence.limit, inside).mean(-1)
+    return _over_prompts(values)
+
+
+def objective(
+    behavior_tokens: Tensor, reference_tokens: Tensor, ratings: Tensor, rewards: Tensor, mask: Tensor, *, beta: float
+) -> Metrics:
+    """`objective/*`: what reinforcement learning under a KL penalty maximises, on the responses of a step.
+
+    Args:
+        behavior_tokens: (B, K, T) log-probability of each token where it was sampled, nats.
+        reference_tokens: (B, K, T) log π_ref of each token, nats.
+        ratings: (B, K) the rater's.
+        rewards: (B, K) what was made of them.
+        mask: (B, K, T).
+        beta: β of the KL penalty, units of reward for a nat.
+
+    Returns:
+        objective/kl, KL(q ‖ π_ref) in nats of a response, estimated without bias by log q − log π_ref;
+        objective/entropy, nats of a response; objective/scores, the ratings; objective/non_score_reward, −β KL;
+        objective/rlhf_reward, what a response earns altogether.
+    """
+    inside = mask.bool()
+    kl = torch.where(inside, behavior_tokens.double() - reference_tokens, 0.0).sum(-1)
+    entropy = -torch.where(inside, behavior_tokens.double(), 0.0).sum(-1)
+    values = {
+        "objective/kl": kl,
+        "objective/entropy": entropy,
+        "objective/scores": ratings.double(),
+        "objective/non_score_reward": -beta * kl,
+        "objective/rlhf_reward": rewards - beta * kl,
+    }
+    return _over_prompts({name: value.mean(-1) for name, value in values.items()})
+
+
+def update(policy_tokens: Tensor, behavior_tokens: Tensor, mask: Tensor, *, clip: float) -> Metrics:
+    """How far the policy has moved from where the responses were sampled; all 0, and the ratio 1, before an update.
+
+    Args:
+        policy_tokens: (B, K, T) log π_θ of each response token, nats.
+        behavior_tokens: (B, K, T) log q where the tokens were sampled, nats.
+        mask: (B, K, T).
+        clip: ε of the loss.
+
+    Returns:
+        name -> (sum over response tokens, tokens): policy/approxkl_avg, half the mean squared log-ratio;
+        policy/clipfrac_avg, the share of ratios outside 1 ± ε; val/ratio, π_θ/q.
+    """
+    now = ratio(policy_tokens, behavior_tokens)
+    values = {
+        "policy/approxkl_avg": (policy_tokens.double() - behavior_tokens).square() / 2,
+        "policy/clipfrac_avg": ((now - 1).abs() > clip).double(),
+        "val/ratio": now,
+    }
+    return _over_tokens(values, mask)
+
+
+def critic(values: Tensor, returns: Tensor, mask: Tensor) -> Metrics:
+    """How well the critic predicts what responses earn.
+
+    Args:
+        values: (B, K, T) the critic's.
+        returns: (B, K, T) what it is to predict.
+        mask: (B, K, T).
+
+    Returns:
+        name -> (sum over response tokens, tokens): loss/value_avg, half the mean squared error; val/returns and
+        val/returns_squared, from which the explained variance of a step follows, 1 − 2 e/(s − m²) with these three
+        figures e, m and s.
+    """
+    wide = returns.double()
+    found = {
+        "loss/value_avg": (values - wide).square() / 2,
+        "val/returns": wide,
+        "val/returns_squared": wide.square(),
+    }
+    return _over_tokens(found, mask)
+
+
+def contrast(ratings: Tensor, baselines: Tensor, rewards: Tensor) -> Metrics:
+    """`contrastive/*`: ratings, those of the starting model's responses, and what one is above the other.
+
+    Args:
+        ratings: (B, K).
+        baselines: (B, N) ratings of the starting model's responses.
+        rewards: (B, K) of `rewards.contrastive`.
+
+    Returns:
+        contrastive/raw_score_mean, contrastive/baseline_mean, contrastive/score_mean, and contrastive/frac_positive,
+        the share of responses above their baseline.
+    """
+    values = {
+        "contrastive/raw_score_mean": ratings,
+        "contrastive/baseline_mean": baselines,
+        "contrastive/score_mean": rewards,
+        "contrastive/frac_positive": rewards > 0,
+    }
+    return _over_prompts({name: value.double().mean(-1) for name, value in values.items()})
+
+
+def ranking(scores: Tensor, pairs: Tensor) -> Metrics:
+    """`rewards/*` of a reward model: how it orders responses; without a preference a prompt counts in the mean alone.
+
+    Args:
+        scores: (B, K) the reward model's.
+        pairs: (B, K, K) weight of "y_i is preferred to y_j".
+
+    Returns:
+        rewards/accuracies, the share of preferences that the scores agree with, where equal scores agree by half;
+        rewards/margins, rewards/chosen and rewards/rejected, of preferred and not preferred responses, weighted alike;
+        rewards/mean, of all responses.
+    """
+    scores, pairs = scores.double(), pairs.double()
+    agree = (gap(scores).sign() + 1) / 2
+    over_pairs = {
+        "rewards/accuracies": agree,
+        "rewards/margins": gap(scores),
+        "rewards/chosen": scores[:, :, None],
+        "rewards/rejected": scores[:, None, :],
+    }
+    found = {name: ((pairs * value).detach().sum(), pairs.sum()) for name, value in over_pairs.items()}
+    return found | _over_prompts({"rewards/mean": scores.mean(-1)})
+
+
+def _terms(divergence: Divergence, log_ratio: Tensor) -> Tensor:
+    """f(t)/t from log t; in float64, where t and 1/t are finite far beyond any response."""
+    wide = log_ratio.detach().double().clamp(-700, 700)
+    return divergence.f(wide) * (-wide).exp()
+
+
 def _chosen_and_others(column: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) the best response's entry and (B, K − 1) the others', by rating."""
     ranked = column.gather(-1, ratings.argsort(dim=-1, descending=True, stable=True))
@@ -106,5 +301,14 @@ def _over_prompts(values: dict[str, Tensor]) -> Metrics:
     """Sums of (B,) values, without gradient, beside their counts."""
     return {
         name: (value.detach().sum(), torch.tensor(float(len(value)), dtype=value.dtype, device=value.device))
+        for name, value in values.items()
+    }
+
+
+def _over_tokens(values: dict[str, Tensor], mask: Tensor) -> Metrics:
+    """Sums of (B, K, T) values over real tokens, without gradient and whatever stands beyond, beside their counts."""
+    inside = mask.bool()
+    return {
+        name: (torch.where(inside, value.detach(), 0.0).sum(), inside.sum().to(value.dtype))
         for name, value in values.items()
     }

@@ -48,3 +48,26 @@ def smoothed(ratings: Tensor, *, label_smoothing: OpenFraction, alpha: Positive)
     best = torch.nn.functional.one_hot(ratings.argmax(dim=-1), ratings.shape[-1]).bool()
     others = torch.full_like(ratings, math.log(label_smoothing / (ratings.shape[-1] - 1)))
     return alpha * others.masked_fill(best, math.log1p(-label_smoothing))
+
+
+def contrastive(ratings: Tensor, baselines: Tensor, *, aggregate: Literal["mean", "median", "max", "min"]) -> Tensor:
+    """The ratings against what the starting model's responses to the same prompt were rated.
+
+    What a rater adds to all responses of a prompt drops out. Shen et al., "Improving Reinforcement Learning from Human
+    Feedback Using Contrastive Rewards", arXiv 2403.07708, whose aggregate is the mean.
+
+    Args:
+        ratings: (B, K).
+        baselines: (B, N) ratings of N responses of the starting model.
+        aggregate: of the baselines; the median of an even number lies between the middle two.
+
+    Returns:
+        (B, K). With the mean, its expectation is 0 for each prompt while the policy is the starting model.
+    """
+    aggregates = {
+        "mean": baselines.mean(-1),
+        "median": baselines.quantile(0.5, dim=-1),
+        "max": baselines.amax(-1),
+        "min": baselines.amin(-1),
+    }
+    return ratings - aggregates[aggregate][:, None]

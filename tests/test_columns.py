@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align_cli import experiment, metrics, preferences, references, rewards
+from align_cli import advantages, experiment, metrics, preferences, references, rewards
 from align_cli.columns import GLOSSARY, POLICY, asked, evaluate, fill, plan
 from align_cli.paths import conf
 
@@ -81,9 +81,8 @@ def losses() -> list[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("loss", losses(), ids=lambda loss: f"{loss.__module__}.{loss.__name__}")
-def test_every_loss_asks_for_columns_of_the_glossary_that_a_run_has(loss: Callable[..., Any]) -> None:
+def test_every_loss_asks_for_columns_of_the_glossary(loss: Callable[..., Any]) -> None:
     assert set(asked(loss)) <= set(GLOSSARY)
-    assert set(asked(loss)) <= {*experiment.GIVEN, *experiment.MADE}
     if loss.__name__ == "at_reference":
         assert not POLICY & set(asked(loss))
     else:
@@ -91,10 +90,13 @@ def test_every_loss_asks_for_columns_of_the_glossary_that_a_run_has(loss: Callab
 
 
 def test_every_metric_and_producer_asks_for_columns_of_the_glossary() -> None:
-    public = [f for name, f in inspect.getmembers(metrics, inspect.isfunction) if not name.startswith("_")]
-    public += [f for _, f in inspect.getmembers(rewards, inspect.isfunction) if f.__module__ == rewards.__name__]
-    public += [preferences.strict_pairs]
-    assert len(public) >= 8
+    public = [preferences.strict_pairs]
+    for home in (metrics, rewards):
+        own = [f for _, f in inspect.getmembers(home, inspect.isfunction) if f.__module__ == home.__name__]
+        public += [f for f in own if not f.__name__.startswith("_")]
+    public += [vars(advantages)[path.stem] for path in (conf() / "advantage").glob("*.yaml")]
+    public += [advantages.token_rewards, advantages.returns]
+    assert len(public) >= 22
     for function in public:
         assert set(asked(function)) <= set(GLOSSARY), function
     for producer in (references.Cached, references.Frozen, references.AdapterOff, references.MismatchKL):
@@ -102,6 +104,6 @@ def test_every_metric_and_producer_asks_for_columns_of_the_glossary() -> None:
 
 
 def test_every_column_of_a_run_is_in_the_glossary_with_its_shape() -> None:
-    assert {*experiment.GIVEN, *experiment.MADE} <= set(GLOSSARY)
+    assert {*experiment.GIVEN, *experiment.SAMPLED} <= set(GLOSSARY)
     for name, text in GLOSSARY.items():
-        assert name == "batch" or re.match(r"\(B(, K)?(, [KT])?,?\) ", text), name
+        assert name == "batch" or re.match(r"\(B(, [KN])?(, [KTF])?,?\) ", text), name

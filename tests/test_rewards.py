@@ -1,12 +1,14 @@
 """How ratings become rewards: closed forms, ties, more than two responses."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from enumerable import tuples
 from torch.testing import assert_close
 
-from align_cli.rewards import given, hard, smoothed
+from align_cli.rewards import contrastive, given, hard, smoothed
 
 RATINGS = torch.tensor([[1.0, 5.0, 3.0], [4.0, -2.0, 0.5], [0.1, 0.2, 0.3]], dtype=torch.float64)
 TIED = torch.tensor([[2.0, 2.0, 1.0], [3.0, 3.0, 3.0]], dtype=torch.float64)
@@ -69,3 +71,38 @@ def test_ratings_stay_as_they_were() -> None:
     hard(TIED, ties="first")
     smoothed(TIED, label_smoothing=0.1, alpha=1.0)
     assert torch.equal(TIED, before)
+
+
+# --- against the starting model's own responses
+
+BASELINES = torch.tensor([[1.0, 2.0, 6.0, 3.0], [0.0, -4.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]], dtype=torch.float64)
+
+
+def test_a_contrastive_reward_is_the_rating_above_the_aggregate_of_the_baselines() -> None:
+    by_hand = {"mean": [3.0, -0.5, 0.1], "median": [2.5, 0.5, 0.1], "max": [6.0, 1.0, 0.1], "min": [1.0, -4.0, 0.1]}
+    for aggregate, values in by_hand.items():
+        expected = RATINGS - torch.tensor(values, dtype=torch.float64)[:, None]
+        assert_close(contrastive(RATINGS, BASELINES, aggregate=aggregate), expected)  # pyright: ignore
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "median", "max", "min"])
+def test_one_baseline_is_its_own_aggregate_and_their_order_does_not_matter(aggregate: Any) -> None:
+    assert_close(contrastive(RATINGS, BASELINES[:, :1], aggregate=aggregate), RATINGS - BASELINES[:, :1])
+    assert_close(
+        contrastive(RATINGS, BASELINES.flip(-1), aggregate=aggregate),
+        contrastive(RATINGS, BASELINES, aggregate=aggregate),
+    )
+
+
+@pytest.mark.parametrize("baselines", [1, 2, 3, 4])
+def test_before_training_a_contrastive_reward_has_mean_0_and_the_variance_of_one_more_kth(baselines: int) -> None:
+    """All ways to draw one response and k baselines from one distribution of three ratings."""
+    values = torch.tensor([-1.0, 0.5, 3.0], dtype=torch.float64)
+    chances = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    drawn = tuples(3, 1 + baselines)
+    weight = chances[drawn].prod(-1)
+    reward = contrastive(values[drawn[:, :1]], values[drawn[:, 1:]], aggregate="mean")[:, 0]
+    mean = (chances * values).sum()
+    variance = (chances * (values - mean).square()).sum()
+    assert_close(float((weight * reward).sum()), 0.0, rtol=0, atol=1e-15)
+    assert_close((weight * reward.square()).sum(), variance * (1 + 1 / baselines))

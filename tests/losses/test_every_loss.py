@@ -68,12 +68,21 @@ def bind(algo: str, divergence: str) -> Callable[[Mapping[str, Tensor]], Tensor]
     return lambda columns: loss(*(columns[name] for name in asked(loss)), **keywords)
 
 
+def learnt(algo: str) -> list[str]:
+    """The columns with gradient that a loss asks for."""
+    return sorted(POLICY & set(asked(function(algo))))
+
+
 def at_the_reference(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same batch with the reference as policy, whose KL is then 0."""
     return dict(columns) | {"policy": columns["reference"], "mismatch_kl": torch.zeros(len(columns["reference"]))}
 
 
 every_loss = pytest.mark.parametrize("algo, divergence", cases())
+# the value of a loss that weighs log-probabilities means nothing; tests of its own say what its gradient is
+every_loss_whose_value_counts = pytest.mark.parametrize(
+    "algo, divergence", [case for case in cases() if "target" not in asked(function(case[0]))]
+)
 
 
 @pytest.mark.parametrize("algo", names("algo"))
@@ -97,10 +106,11 @@ def test_python_has_no_default_for_what_a_yaml_sets(algo: str) -> None:
 
 
 @pytest.mark.parametrize("algo", names("algo"))
-def test_a_loss_asks_for_columns_of_the_glossary_and_one_of_the_policy(algo: str) -> None:
+def test_a_loss_asks_for_columns_of_the_glossary_and_one_of_the_policy_or_two_with_its_critic(algo: str) -> None:
     columns = asked(function(algo))
     assert set(columns) <= set(GLOSSARY)
-    assert len(POLICY & set(columns)) == 1
+    assert len(POLICY - {"values"} & set(columns)) == 1
+    assert ("values" in columns) == ("returns" in columns)
 
 
 @every_loss
@@ -137,20 +147,32 @@ def test_value_and_gradient_are_finite_at_log_ratios_of_a_thousand(
     for rewards in (torch.tensor([[0.0, 1.0, 0.5]]), torch.tensor([[0.0, NO_REWARD, NO_REWARD]])):
         if algo == "exo" and rewards.isinf().any():
             continue  # the reverse KL to a target of zero is infinite
-        columns = {
-            "policy": (reference + log_ratio).to(dtype),
-            "policy_tokens": torch.tensor([[[0.0, -1000.0]]], dtype=dtype),
-            "reference": reference.to(dtype),
-            "lengths": torch.tensor([[1, 2, 700]]).expand(6, 3),
-            "rewards": rewards.expand(6, 3).to(dtype),
-            "pairs": strict_pairs(rewards.expand(6, 3)).to(dtype),
-            "mismatch_kl": torch.zeros(6, dtype=dtype),
-        }
-        (name,) = POLICY & set(asked(function(algo)))
-        columns[name].requires_grad_()
-        value = bind(algo, divergence)(columns)
-        (slope,) = torch.autograd.grad(value.sum(), columns[name])
-        assert value.isfinite().all() and slope.isfinite().all()
+        for behavior in (reference + log_ratio, reference):
+            columns = {
+                "policy": (reference + log_ratio).to(dtype),
+                "policy_tokens": torch.tensor([[[0.0, -1000.0, 0.0]]], dtype=dtype).repeat(6, 3, 1),
+                "reference": reference.to(dtype),
+                "lengths": torch.tensor([[1, 2, 700]]).expand(6, 3),
+                "rewards": rewards.expand(6, 3).to(dtype),
+                "pairs": strict_pairs(rewards.expand(6, 3)).to(dtype),
+                "mismatch_kl": torch.zeros(6, dtype=dtype),
+                "behavior": behavior.to(dtype),
+                "target": reference.to(dtype),
+                "log_z": torch.zeros(6, dtype=dtype),
+                "behavior_tokens": torch.tensor([[[-1000.0, 0.0, 0.0]]], dtype=dtype).repeat(6, 3, 1),
+                "reference_tokens": torch.tensor([[[-1000.0, 0.0, 0.0]]], dtype=dtype).repeat(6, 3, 1),
+                "advantages": log_ratio.sign()[..., None].repeat(1, 1, 3).to(dtype),
+                "values": log_ratio[..., None].repeat(1, 1, 3).to(dtype),
+                "old_values": torch.zeros(6, 3, 3, dtype=dtype),
+                "returns": -log_ratio[..., None].repeat(1, 1, 3).to(dtype),
+                "scores": log_ratio.to(dtype),
+            }
+            for name in learnt(algo):
+                columns[name].requires_grad_()
+            value = bind(algo, divergence)(columns)
+            assert value.isfinite().all()
+            for slope in torch.autograd.grad(value.sum(), [columns[name] for name in learnt(algo)]):
+                assert slope.isfinite().all()
 
 
 @every_loss
@@ -160,17 +182,19 @@ def test_low_precision_gives_the_value_and_gradient_of_float64(algo: str, diverg
     columns["policy"] = columns["reference"] + 0.1 * (columns["policy"] - columns["reference"])
     rounded = {name: column.to(dtype) if column.is_floating_point() else column for name, column in columns.items()}
     exact = {name: column.double() if column.is_floating_point() else column for name, column in rounded.items()}
-    (name,) = POLICY & set(asked(function(algo)))
 
-    def value_and_slope(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        value = bind(algo, divergence)({**batch, name: batch[name].requires_grad_()})
-        (slope,) = torch.autograd.grad(value.sum(), batch[name])
-        return value.double(), slope.double()
+    def value_and_slopes(batch: Mapping[str, Tensor]) -> list[Tensor]:
+        own = {name: batch[name].requires_grad_() for name in learnt(algo)}
+        value = bind(algo, divergence)({**batch, **own})
+        slopes = torch.autograd.grad(value.sum(), list(own.values()))
+        return [found.double() for found in (value, *slopes)]
 
     # Everything but the rewards over alpha, whose softmax is one-hot, is of the order of 1: a handful of roundings.
     tolerance = 16 * torch.finfo(dtype).eps
-    for low, high in zip(value_and_slope(rounded), value_and_slope(exact), strict=True):
-        assert_close(low, high, atol=tolerance, rtol=tolerance)
+    for low, high in zip(value_and_slopes(rounded), value_and_slopes(exact), strict=True):
+        # a baseline is a difference to the other responses: its rounding is relative to the largest of them
+        largest = max(1.0, float(high.detach().abs().max())) if "baseline" in read("algo", algo) else 1.0
+        assert_close(low, high, atol=tolerance * largest, rtol=tolerance)
 
 
 @every_loss
@@ -200,22 +224,29 @@ def test_a_loss_does_not_write_into_its_columns(algo: str, divergence: str) -> N
         assert torch.equal(column, before[name]), name
 
 
-@every_loss
+@every_loss_whose_value_counts
 def test_the_gradient_is_the_slope(algo: str, divergence: str) -> None:
     columns = random_columns(prompts=2, responses=3)
     columns["policy"] = columns["reference"] + 0.2 * (columns["policy"] - columns["reference"])
-    (name,) = POLICY & set(asked(function(algo)))
+    own = [columns[name].requires_grad_() for name in learnt(algo)]
     assert torch.autograd.gradcheck(
-        lambda policy: bind(algo, divergence)(columns | {name: policy}), columns[name].requires_grad_()
+        lambda *moved: bind(algo, divergence)(columns | dict(zip(learnt(algo), moved, strict=True))), own
     )
 
 
 @every_loss
 def test_only_the_policy_needs_a_gradient(algo: str, divergence: str) -> None:
+    for name in learnt(algo):
+        columns = random_columns()
+        columns[name].requires_grad_()
+        assert bind(algo, divergence)(columns).requires_grad
+
+
+@every_loss
+def test_tokens_beyond_a_response_cost_nothing(algo: str, divergence: str) -> None:
     columns = random_columns()
-    (name,) = POLICY & set(asked(function(algo)))
-    columns[name].requires_grad_()
-    assert bind(algo, divergence)(columns).requires_grad
+    value = bind(algo, divergence)(columns)
+    assert value.dim() == 1 or not value[~columns["mask"]].any()
 
 
 def test_columns_that_a_stated_value_asks_for_can_be_filled_by_name() -> None:
@@ -229,7 +260,7 @@ def test_supervised_fine_tuning_takes_one_response_for_each_prompt() -> None:
     assert yaml.safe_load(text)["data"] == {"responses": 1}
 
 
-@pytest.mark.parametrize("group", ["algo", "divergence"])
+@pytest.mark.parametrize("group", ["advantage", "algo", "divergence", "kl"])
 def test_every_key_has_its_line_of_explanation(group: str) -> None:
     for name in names(group):
         for line in filter(str.strip, (CONF / group / f"{name}.yaml").read_text().splitlines()):

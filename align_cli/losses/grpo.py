@@ -1,0 +1,41 @@
+"""GRPO: Group Relative Policy Optimization. Shao, Wang, Zhu, Xu, Song, Bi, Zhang, Zhang, Li, Wu, Guo, "DeepSeekMath",
+arXiv 2402.03300, eq. 3 and 4.
+
+L = max(−w A, −clamp(w, 1 ± ε) A) + β (t − 1 − log t),  w = π_θ/q,  t = π_ref/π_θ
+
+Delta from the paper: every token of a step counts equally; there every response does, and its tokens share its weight.
+"""
+
+from torch import Tensor
+
+from align_cli.ranges import NonNegative, Positive
+from align_cli.surrogates import clipped, k3, ratio
+
+
+def grpo(
+    policy_tokens: Tensor,
+    behavior_tokens: Tensor,
+    reference_tokens: Tensor,
+    advantages: Tensor,
+    *,
+    clip: Positive,
+    beta: NonNegative,
+) -> Tensor:
+    """Make better than usual responses more likely, a short way at a time, and stay near the reference.
+
+        w_t = π_θ(y_t|x, y_<t)/q(y_t|x, y_<t),  d_t = log π_ref(y_t|x, y_<t) − log π_θ(y_t|x, y_<t)
+        ℓ_t = max(−w_t A_t, −clamp(w_t, 1 − ε, 1 + ε) A_t) + β (exp(d_t) − d_t − 1)
+
+    Args:
+        policy_tokens: (B, K, T) log π_θ of each response token, nats.
+        behavior_tokens: (B, K, T) log q where the tokens were sampled, nats.
+        reference_tokens: (B, K, T) log π_ref of each response token, nats.
+        advantages: (B, K, T) A_t.
+        clip: ε, how far a token's ratio is led from 1.
+        beta: β, strength of the KL to the reference, units of the advantage for a nat.
+
+    Returns:
+        (B, K, T). At w = 1 the gradient is −(A_t − β (1 − exp d_t)) ∇ log π_θ. 0 beyond a response's end.
+    """
+    surrogate = clipped(ratio(policy_tokens, behavior_tokens), advantages, clip=clip)
+    return surrogate + beta * k3(policy_tokens, reference_tokens)
