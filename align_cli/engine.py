@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from align_cli import distributed, process
 from align_cli.data.batches import MicroBatch
 from align_cli.models.causal import Manner, measure
+from align_cli.models.scalar import VALUE
 from align_cli.ranges import Count, Fraction, NonNegative, Positive
 
 Network = PreTrainedModel | PeftModel
@@ -78,6 +79,11 @@ class Engine(ABC):
         self.manner = manner
         self.largest = 0  # tokens of a row that was trained on
 
+    @property
+    def collective(self) -> bool:
+        """Whether a forward pass exchanges weights, so that every rank must call it alike."""
+        return False
+
     @abstractmethod
     def module(self) -> nn.Module:
         """What a forward pass must call."""
@@ -114,8 +120,9 @@ class Engine(ABC):
         """Write an ordinary Hugging Face folder, or a peft folder for adapters; every rank calls it."""
         weights = self.weights()
         if distributed.rank() == 0:
-            if isinstance(self.network, PeftModel):
-                weights = get_peft_model_state_dict(self.network, state_dict=weights)
+            # A critic is of use to its own run alone; what is left is an ordinary causal language model. Of an adapted
+            # network's weights peft takes what belongs to the adapters.
+            weights = {name: weight for name, weight in weights.items() if not name.startswith(f"{VALUE}.")}
             self.network.save_pretrained(str(folder), state_dict=weights, safe_serialization=True)
         distributed.barrier()
 
@@ -293,6 +300,10 @@ class DeepSpeedEngine(Engine):
         self.engine, *_ = deepspeed.initialize(
             model=network, optimizer=self.optimizer, config=config, dist_init_required=False
         )
+
+    @property
+    def collective(self) -> bool:
+        return self.stage == 3
 
     def module(self) -> nn.Module:
         return self.engine

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from align_cli.engine import EngineOptions
 from align_cli.errors import UserError
@@ -20,6 +26,7 @@ from align_cli.models import recompute
 from align_cli.models.adapters import Adapter, attach
 from align_cli.models.causal import Model, read_architecture
 from align_cli.models.head import CACHED
+from align_cli.models.scalar import classifier
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,21 @@ def architecture(model: Model) -> PretrainedConfig:
         raise UserError(f"model.architecture: {error}; model_type and its sizes would be right.") from error
 
 
-def shape(model: Model, adapter: Adapter) -> Shape:
-    """Count a model's weights without making them."""
+def shape(model: Model, adapter: Adapter, *, scores: bool = False) -> Shape:
+    """Count a model's weights without making them.
+
+    Args:
+        scores: it is to be a reward model, which has a head for scores and none for tokens.
+    """
     config = architecture(model)
+    kind: Any = AutoModelForCausalLM
+    if scores:
+        classifier(config, model.path)
+        kind, config.num_labels = AutoModelForSequenceClassification, 1
     with torch.device("meta"):
-        base: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        base: PreTrainedModel = kind.from_config(config)
         parameters = sum(p.numel() for p in base.parameters())
-        network = attach(base, adapter, seed=0)
+        network = attach(base, adapter, seed=0, scores=scores)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     sizes = config.to_dict()
     hidden = _first(sizes, "hidden_size", "n_embd")
@@ -98,6 +113,8 @@ def per_device(
     node: int,
     response_share: float,
     plain_head: bool,
+    scores: bool = False,
+    rater: bool = False,
     frozen_reference: bool,
     frozen_bits: int | None,
 ) -> dict[str, float]:
@@ -112,6 +129,8 @@ def per_device(
         node: how many of them are on one node.
         response_share: share of a micro-batch's tokens whose logits are needed.
         plain_head: whether the model makes its logits itself, all at once.
+        scores: whether it is a reward model, which makes none.
+        rater: whether a reward model lies beside the policy; it is taken to be as large.
         frozen_reference: whether a second model lies beside the policy.
         frozen_bits: bits of frozen weights where they are quantised.
     """
@@ -130,7 +149,9 @@ def per_device(
         shape.hidden * size * tokens * shape.layers + layer if engine.gradient_checkpointing else layer * shape.layers
     )
     scored = math.ceil(tokens * response_share)
-    if plain_head:
+    if scores:
+        logits = 0.0
+    elif plain_head:
         logits = float(scored * shape.vocabulary * (size + 4 + 4))
     else:
         logits = head(
@@ -152,9 +173,11 @@ def per_device(
     }
     if frozen_reference:
         terms["reference model"] = weights / weight_share
+    if rater:
+        terms["reward model"] = shape.parameters * size / weight_share
     if stage == 3:
         terms["gathered layers"] = 2 * shape.parameters / shape.layers * size
-        if 1 < node < ranks and not frozen_reference:
+        if 1 < node < ranks and not (frozen_reference or rater):
             terms["a node's copy of the weights"] = weights / node
     return terms
 

@@ -126,14 +126,14 @@ def test_adapters_that_could_run_code_are_refused(run: Path, tmp_path: Path) -> 
 def test_what_does_not_read_back_the_same_is_said_and_removed(
     error: float, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = export._logprobs
+    own = export._figures
     calls: list[int] = []
 
     def off(network: torch.nn.Module, probe: Tensor) -> Tensor:
         calls.append(1)
         return own(network, probe) + (error if len(calls) > 1 else 0.0)
 
-    monkeypatch.setattr(export, "_logprobs", off)
+    monkeypatch.setattr(export, "_figures", off)
     with pytest.raises(RuntimeError, match=rf"differs by {error} nats"):
         export.main([str(run), str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []

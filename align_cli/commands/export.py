@@ -4,7 +4,7 @@ import argparse
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align_cli import exits, rundir, terminal
 from align_cli.errors import UserError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
 
-TOLERANCE = 1e-3  # nats of a probe's log-probabilities, for fp32 arithmetic on the same weights
+TOLERANCE = 1e-3  # of a probe's log-probabilities in nats or of its score, for fp32 arithmetic on the same weights
 
 
 def main(argv: list[str]) -> int:
@@ -47,56 +47,74 @@ def export(source: Path, dest: Path) -> None:
         RuntimeError: what was read back does not compute the same.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
+    from align_cli.models.scalar import is_reward_model
+
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # a reward model's head is in its adapters' file
     if (source / "adapter_config.json").is_file():
         before, network, probe = _merged(source)
     else:
-        network = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+        kind = _kind(scores=is_reward_model(AutoConfig.from_pretrained(source, trust_remote_code=False)))
+        network = kind.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
         probe = torch.arange(4, 20)[None] % int(network.config.vocab_size)
-        before = _logprobs(network.float(), probe)
-        network = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+        before = _figures(network.float(), probe)
+        network = kind.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
     partial = dest.with_name(f"{dest.name}.{os.getpid()}.tmp")
     try:
         network.save_pretrained(partial, safe_serialization=True)
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(partial)
-        again = AutoModelForCausalLM.from_pretrained(partial, use_safetensors=True, trust_remote_code=False).float()
-        difference = float((_logprobs(again, probe) - before).abs().max())
+        again = type(network).from_pretrained(partial, use_safetensors=True, trust_remote_code=False).float()
+        difference = float((_figures(again, probe) - before).abs().max())
         if not difference <= TOLERANCE:  # NaN is no agreement either
-            raise RuntimeError(f"what was written differs by {difference:.3g} nats from {source}; it is removed.")
+            unit = " nats" if before.ndim == 3 else ""
+            raise RuntimeError(f"what was written differs by {difference:.3g}{unit} from {source}; it is removed.")
         partial.rename(dest)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _merged(source: Path) -> tuple["Tensor", "PreTrainedModel", "Tensor"]:
-    """Log-probabilities of a probe before merging, the merged model in fp32, and the probe."""
+    """What the model says of a probe before merging, the merged model in fp32, and the probe."""
     import torch
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
 
     from align_cli.models.adapters import quiet_peft
 
     if not (source / "adapter_model.safetensors").is_file():
         raise UserError(f"{source}: it has no adapter_model.safetensors; adapters in safetensors would be right.")
-    start = str(PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
-    base = AutoModelForCausalLM.from_pretrained(
-        start, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    told = PeftConfig.from_pretrained(str(source))
+    settings = {"num_labels": 1} if told.task_type == "SEQ_CLS" else {}
+    base = _kind(scores=bool(settings)).from_pretrained(
+        str(told.base_model_name_or_path),
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **settings,
     )
     with quiet_peft():
         wrapped = PeftModel.from_pretrained(base, str(source))
     probe = torch.arange(4, 20)[None] % int(base.config.vocab_size)
-    before = _logprobs(wrapped, probe)
+    before = _figures(wrapped, probe)
     return before, wrapped.merge_and_unload(), probe  # pyright: ignore[reportCallIssue]  it is a LoRA model
 
 
-def _logprobs(network: "Module", probe: "Tensor") -> "Tensor":
+def _kind(*, scores: bool) -> Any:
+    """The class of transformers that loads a reward model, or a language model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+
+
+def _figures(network: "Module", probe: "Tensor") -> "Tensor":
+    """Log-probabilities (1, T, V) of a language model; the score (1, 1) of a reward model."""
     import torch
 
     with torch.no_grad():
-        return network(probe).logits.log_softmax(-1)
+        logits = network(probe).logits
+        return logits.log_softmax(-1) if logits.ndim == 3 else logits
 
 
 def card(config: dict, summary: dict) -> str:

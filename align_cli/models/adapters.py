@@ -26,8 +26,14 @@ class Adapter:
     bits: Literal[4] | None
 
 
-def attach(network: PreTrainedModel, adapter: Adapter, *, seed: int) -> PreTrainedModel | PeftModel:
-    """The network with fresh adapters, which change nothing until the first update; or as it is without."""
+def attach(
+    network: PreTrainedModel, adapter: Adapter, *, seed: int, scores: bool = False
+) -> PreTrainedModel | PeftModel:
+    """The network with fresh adapters, which change nothing until the first update; or as it is without.
+
+    Args:
+        scores: it is a reward model, whose head is trained and saved whole beside the adapters.
+    """
     if adapter.rank is None:
         return network
     # Every rank must draw the same adapter.
@@ -42,7 +48,7 @@ def attach(network: PreTrainedModel, adapter: Adapter, *, seed: int) -> PreTrain
                     lora_dropout=0.0,
                     target_modules=adapter.targets,
                     bias="none",
-                    task_type="CAUSAL_LM",
+                    task_type="SEQ_CLS" if scores else "CAUSAL_LM",  # the first has peft train and save `score`
                 ),
                 autocast_adapter_dtype=False,
             )

@@ -5,7 +5,8 @@ Policy, reference and evaluation all go through `measure`, so they cannot be com
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,21 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrainedModel:
     """The model with its weights from safetensors, without dropout, on flat rows where it can take them."""
+    network, absent = read_weights(AutoModelForCausalLM, model, dtype=dtype, bits=bits)
+    refuse_absent(model, network, absent)
+    head.install(network)
+    return silence_dropout(network)
+
+
+def read_weights(
+    kind: Any, model: Model, *, dtype: torch.dtype, bits: int | None, **settings: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """A network with weights from safetensors, and the names of those that the files lack.
+
+    Args:
+        kind: one of transformers' Auto classes.
+        settings: of its configuration.
+    """
     config = read_architecture(model)
     _refuse_pickles(model.path)
     attention.register()
@@ -66,7 +82,7 @@ def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrai
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # its report of what is missing is ours to give, in one line
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             model.path,
             revision=model.revision,
             dtype=dtype,
@@ -75,18 +91,21 @@ def load_model(model: Model, *, dtype: torch.dtype, bits: int | None) -> PreTrai
             attn_implementation=implementation,
             quantization_config=_nf4(dtype) if bits == 4 else None,
             output_loading_info=True,
+            **settings,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.path={model.path}: the weights cannot be read: {_first_line(error)}") from error
     network, told = loaded
-    if told["missing_keys"]:
-        absent = sorted(told["missing_keys"])
+    return network, set(told["missing_keys"])
+
+
+def refuse_absent(model: Model, network: PreTrainedModel, absent: set[str]) -> None:
+    """Refuse a network some of whose weights the files lack."""
+    if absent:
         raise UserError(
             f"model.path={model.path}: its safetensors lack {len(absent)} weights of {type(network).__name__}, "
-            f"{absent[0]} among them; they would start at random."
+            f"{min(absent)} among them; they would start at random."
         )
-    head.install(network)
-    return silence_dropout(network)
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -152,6 +171,9 @@ class Manner:
             (`align_cli.models.head`); None: the model returns its logits.
         logits: bytes of logits that the head makes at a time.
         sparing: whether the backward pass computes again what is cheap (`align_cli.models.recompute`).
+        temperature: of the distribution that is measured; it divides the logits.
+        scalar: what a scalar head reads (`align_cli.models.scalar`): "values" beside the log-probabilities, "scores"
+            in place of them; None: there is no such head.
     """
 
     flat: bool
@@ -159,6 +181,8 @@ class Manner:
     transform: Transform | None = None
     logits: int = 0
     sparing: bool = False
+    temperature: float = 1.0
+    scalar: Literal["scores", "values"] | None = None
 
     def lengths(self, lengths: Lengths) -> Lengths:
         """Of groups, as rows hold them."""
@@ -170,39 +194,67 @@ class Manner:
 
 
 def measure(network: nn.Module, batch: MicroBatch, manner: Manner) -> dict[str, Tensor]:
-    """Log-probabilities of the batch's responses.
+    """Log-probabilities of the batch's responses, or their scores.
 
     Args:
-        network: a causal language model, bare or wrapped by an engine or by adapters; called once.
+        network: a causal language model or a reward model, bare or wrapped by an engine or by adapters; called once.
         batch: B groups of K responses.
 
     Returns:
-        `policy` (B, K), nats, and `policy_tokens` (B, K, T), nats, 0 beyond a response's end; both fp32.
+        `policy` (B, K), nats, and `policy_tokens` (B, K, T), nats, 0 beyond a response's end; with them `values`
+        (B, K, T) of a network that has a head for them, from the states that predict the tokens, 0 beyond the end. Of
+        a reward model `scores` (B, K) alone, from the state at each response's last token. All are fp32.
     """
-    inputs, keep = _flat(batch) if manner.flat else _padded(batch)
+    inputs, keep, last = _flat(batch) if manner.flat else _padded(batch)
+    inputs["use_cache"] = False
     with sparing() if manner.sparing else nullcontext():
+        if manner.scalar == "scores":
+            return {"scores": network(**inputs, align_scores=last)[batch.member]}
+        if manner.scalar == "values":
+            inputs["align_values"] = keep
         if manner.transform is not None:
-            scoring = Scoring(keep, batch.targets, manner.transform, manner.logits)
-            tokens = network(**inputs, use_cache=False, align_scoring=scoring)
+            transform = replace(manner.transform, temperature=manner.temperature)
+            inputs["align_scoring"] = Scoring(keep, batch.targets, transform, manner.logits)
         elif manner.flat:
-            tokens = token_logprobs(network(**inputs, use_cache=False, logits_to_keep=keep).logits[0], batch.targets)
+            inputs["logits_to_keep"] = keep
+        found = network(**inputs)
+        output, values = found if manner.scalar == "values" else (found, None)
+        if manner.transform is not None:
+            tokens = output
         else:
-            logits = network(**inputs, use_cache=False).logits
-            tokens = token_logprobs(logits.flatten(0, 1)[keep], batch.targets)
+            logits = output.logits[0] if manner.flat else output.logits.flatten(0, 1)[keep]
+            tokens = token_logprobs(_tempered(logits, manner), batch.targets)
     different = sum(len(span.responses) for span in batch.layout.spans)
-    spread = tokens.new_zeros(different, batch.longest).index_put((batch.response, batch.slot), tokens)
-    return {"policy": sum_by(tokens, batch.response, different)[batch.member], "policy_tokens": spread[batch.member]}
+    policy = sum_by(tokens, batch.response, different)[batch.member]
+    columns = {"policy": policy, "policy_tokens": _spread(tokens, batch, different)}
+    return columns if values is None else {**columns, "values": _spread(values, batch, different)}
 
 
-def _flat(batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
+def _tempered(logits: Tensor, manner: Manner) -> Tensor:
+    if manner.temperature == 1.0:
+        return logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / manner.temperature
+
+
+def _spread(tokens: Tensor, batch: MicroBatch, different: int) -> Tensor:
+    """(B, K, T) of a figure (N,) of each token of the different responses."""
+    found = tokens.new_zeros(different, batch.longest).index_put((batch.response, batch.slot), tokens)
+    return found[batch.member]
+
+
+def _flat(batch: MicroBatch) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """What the network is called with; the places of the states that predict tokens, and of each last token's."""
     # A mask with four dimensions is handed to every layer unread; without one, transformers would guess the borders
     # of packed sequences from the positions and guess wrong, because responses share their prompt's positions.
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": unread}
-    return inputs | {"align_layout": batch.layout}, batch.keep
+    spans = batch.layout.spans
+    ends = [end for span in spans for end in list(accumulate(span.responses, initial=span.start + span.prompt))[1:]]
+    last = torch.tensor(ends, device=batch.input_ids.device) - 1
+    return inputs | {"align_layout": batch.layout}, batch.keep, last
 
 
-def _padded(batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
+def _padded(batch: MicroBatch) -> tuple[dict[str, Any], Tensor, Tensor]:
     ids: list[Tensor] = []
     keep: list[Tensor] = []
     row = batch.input_ids[0]
@@ -218,7 +270,9 @@ def _padded(batch: MicroBatch) -> tuple[dict[str, Any], Tensor]:
     for place, sequence in enumerate(ids):
         padded[place, : len(sequence)] = sequence
         mask[place, : len(sequence)] = 1
-    return {"input_ids": padded, "attention_mask": mask}, torch.cat([width * n + k for n, k in enumerate(keep)])
+    last = torch.tensor([width * place + len(sequence) - 1 for place, sequence in enumerate(ids)], device=row.device)
+    inputs = {"input_ids": padded, "attention_mask": mask}
+    return inputs, torch.cat([width * n + k for n, k in enumerate(keep)]), last
 
 
 @torch.no_grad()

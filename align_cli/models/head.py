@@ -5,7 +5,7 @@ Logits are kept for the backward pass where they fit the budget, and computed ag
 not trained needs neither: the gradient of log π(y) with respect to the state does not depend on the loss, which only
 scales it, so it is made while the logits are at hand.
 
-    log π(y | h) = z_y - log Σ_v exp z_v,    z = cap tanh(scale W h / cap)
+    log π(y | h) = z_y - log Σ_v exp z_v,    z = cap tanh(scale W h / cap) / temperature
     ∂ log π(y | h) / ∂ z = e_y - π
 """
 
@@ -25,20 +25,27 @@ CACHED = 1 << 20  # elements whose softmax is computed at a time, so that they s
 
 @dataclass(frozen=True)
 class Transform:
-    """What a family does to its logits before the softmax: z -> cap tanh(scale z / cap); no cap where it is None."""
+    """What is done to logits before the softmax: z -> cap tanh(scale z / cap) / temperature; no cap where it is None.
+
+    The first two are the family's own, the last is the run's.
+    """
 
     scale: float = 1.0
     cap: float | None = None
+    temperature: float = 1.0
 
     def __call__(self, logits: Tensor) -> Tensor:
         """In place on fp32 `logits`."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
-        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
     def slope(self, transformed: Tensor) -> Tensor | float:
         """Its derivative, from its values."""
-        return self.scale if self.cap is None else (1 - (transformed / self.cap) ** 2) * self.scale
+        at = self.scale / self.temperature
+        return at if self.cap is None else (1 - (transformed * self.temperature / self.cap) ** 2) * at
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ def _slope(values: Tensor, targets: Tensor, normaliser: Tensor, weight: Tensor, 
     inner = transform.slope(values)
     wanted = values.sub_(normaliser[:, None]).exp_().mul_(-weight[:, None])
     wanted.scatter_add_(1, targets[:, None], weight[:, None])
-    return wanted if transform.cap is None and transform.scale == 1.0 else wanted.mul_(inner)
+    return wanted if isinstance(inner, float) and inner == 1.0 else wanted.mul_(inner)
 
 
 def _slices(length: int, most: int) -> Iterator[slice]:
