@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align_cli.generation import sample
+from align_cli.generation import sample, stops
 from align_cli.statistics import Interval, clustered_proportion, mean_interval, wilson
 
 BATCH = 512  # sequences generated at a time
@@ -67,12 +67,16 @@ def exact_match(
             responses=responses,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            seed=seed,
+            seeds=[(seed, index) for index in range(len(ids))],
             batch=BATCH,
             pad_id=eos_ids[0],
             eos_ids=eos_ids,
         )
-        return [tokenizer.batch_decode(drawn, skip_special_tokens=True) for _, drawn in sorted(found)]
+        texts = {
+            index: tokenizer.batch_decode([each.tokens for each in drawn], skip_special_tokens=True)
+            for index, drawn in found
+        }
+        return [texts[index] for index in range(len(ids))]
 
     sampled, greedy = draw(samples, 1.0), [drawn[0] for drawn in draw(1, 0.0)]
     rewards = [[score(prompt, each) for each in drawn] for prompt, drawn in zip(prompts, sampled, strict=True)]
@@ -94,17 +98,3 @@ def exact_match(
 def flat(name: str, interval: Interval) -> dict[str, float]:
     """An interval under the keys `name`, `name_low` and `name_high`."""
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: the tokenizer's, and those that the model's generation settings name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    several = named if isinstance(named, list) else [named]
-    found = [token for token in dict.fromkeys([tokenizer.eos_token_id, *several]) if isinstance(token, int)]
-    if not found:
-        raise ValueError("neither tokenizer nor model names an end-of-sequence token; set eos_token in the tokenizer.")
-    return found

@@ -1,11 +1,29 @@
 """Sampling responses from a causal language model."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A sampled response.
+
+    Attributes:
+        tokens: its ids; the last is a stop token, unless it was cut.
+        logprobs: log-probability of each of them under the distribution that they were drawn from, nats; 0 at
+            temperature 0.
+        ended: whether a stop token ended it.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    ended: bool
 
 
 def sample(
@@ -15,15 +33,15 @@ def sample(
     responses: int,
     max_new_tokens: int,
     temperature: float,
-    seed: int,
+    seeds: Sequence[Sequence[int]],
     batch: int,
     pad_id: int,
     eos_ids: Sequence[int],
-) -> Iterator[tuple[int, list[list[int]]]]:
+) -> Iterator[tuple[int, list[Drawn]]]:
     """Draw `responses` continuations of each prompt, token by token.
 
-    A response depends on (`seed`, index of the prompt, number of the response) and not on which others share its
-    batch, up to the rounding of the logits: each has its own stream of uniform numbers, one for each token (`choose`).
+    A response depends on (its prompt's seed, the number of the response) and not on which others share its batch, up
+    to the rounding of the logits: each has its own stream of uniform numbers, one for each token (`choose`).
 
     Args:
         model: left in the mode (training or evaluation) in which it came.
@@ -31,14 +49,13 @@ def sample(
         responses: K, continuations per prompt; a prompt is read once for all of them.
         max_new_tokens: longest response, stop token included.
         temperature: divides the logits; 0 takes the most likely token.
-        seed: of all draws.
+        seeds: of each prompt's draws, whole numbers >= 0.
         batch: sequences generated at a time; more is faster and takes more memory.
         pad_id: any token id; it fills the left of shorter prompts and is not attended to.
         eos_ids: the tokens that end a response.
 
     Yields:
-        (index of the prompt, its `responses` lists of token ids) in order of increasing prompt length. A response ends
-        with its stop token, unless it was cut at `max_new_tokens`.
+        (index of the prompt, its `responses`) in order of increasing prompt length.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     per_batch = max(1, batch // responses)
@@ -49,7 +66,7 @@ def sample(
             chunk = order[start : start + per_batch]
             uniform = np.stack(
                 [
-                    np.random.default_rng([seed, index, number]).random(max_new_tokens)
+                    np.random.default_rng([*seeds[index], number]).random(max_new_tokens)
                     for index in chunk
                     for number in range(responses)
                 ]
@@ -79,7 +96,7 @@ def _continue(
     temperature: float,
     pad_id: int,
     eos_ids: Sequence[int],
-) -> list[list[int]]:
+) -> list[Drawn]:
     """Continue one batch; `uniform` (prompts x responses, max_new_tokens) in [0, 1) makes every choice."""
     device = model.device
     width = max(len(prompt) for prompt in prompts)
@@ -101,40 +118,59 @@ def _continue(
     uniform = uniform.to(device)
     stops = torch.tensor(list(eos_ids), device=device)
 
-    drawn: list[list[int]] = [[] for _ in range(len(logits))]
-    rows = torch.arange(len(logits), device=device)  # the response that each row of the batch continues
     last = uniform.shape[1] - 1
-    for step in range(uniform.shape[1]):
-        tokens = choose(logits, uniform[rows, step], temperature)
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            drawn[row].append(token)
-        going = ~torch.isin(tokens, stops)
+    tokens = torch.full((len(logits), last + 1), -1, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(logits), last + 1, dtype=torch.float64, device=device)
+    rows = torch.arange(len(logits), device=device)  # the response that each row of the batch continues
+    for step in range(last + 1):
+        chosen, logprobs[rows, step] = choose(logits, uniform[rows, step], temperature)
+        tokens[rows, step] = chosen
+        going = ~torch.isin(chosen, stops)
         if step == last or not going.any():
             break
         if not going.all():
             kept = going.nonzero().squeeze(-1)
             cache.batch_select_indices(kept)
-            rows, mask, tokens = rows[kept], mask[kept], tokens[kept]
+            rows, mask, chosen = rows[kept], mask[kept], chosen[kept]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
         logits = model(
-            input_ids=tokens[:, None],
+            input_ids=chosen[:, None],
             attention_mask=mask,
             position_ids=mask.sum(-1, keepdim=True) - 1,
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-    return drawn
+    drawn = [row[: row.index(-1)] if -1 in row else row for row in tokens.tolist()]
+    ending = set(eos_ids)
+    return [Drawn(row, told[: len(row)], row[-1] in ending) for row, told in zip(drawn, logprobs.tolist(), strict=True)]
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Token ids (N,) from logits (N, V): the most likely at temperature 0, else where `uniform` (N,) falls.
+def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Token ids (N,) and their log-probabilities (N,) float64 from logits (N, V).
 
-    A token owns an interval of [0, 1) as long as its probability, the intervals in the order of the ids.
+    The most likely token at temperature 0, with log-probability 0; else the one where `uniform` (N,) falls: a token
+    owns an interval of [0, 1) as long as its probability, the intervals in the order of the ids.
 
     Float64 throughout, so that a number close to 1 finds a token that has probability.
     """
     if temperature == 0:
-        return logits.argmax(-1)
-    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+        return logits.argmax(-1), torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    logprobs = (logits.double() / temperature).log_softmax(-1)
+    cumulative = logprobs.exp().cumsum(-1)
     target = uniform.double().unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+    return chosen.squeeze(-1), logprobs.gather(-1, chosen).squeeze(-1)
+
+
+def stops(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: the tokenizer's, and those that the model's generation settings name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    several = named if isinstance(named, list) else [named]
+    found = [token for token in dict.fromkeys([tokenizer.eos_token_id, *several]) if isinstance(token, int)]
+    if not found:
+        raise ValueError("neither tokenizer nor model names an end-of-sequence token; set eos_token in the tokenizer.")
+    return found

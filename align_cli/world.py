@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_cli import evaluate, generation
+from align_cli import generation
 from align_cli.data import toy
 from align_cli.errors import UserError
 from align_cli.models import tiny
@@ -201,22 +201,22 @@ def samples(world: World, model: Path, prompts: list[str], progress: Progress) -
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    stops = evaluate.stops(network, tokenizer)
+    stops = generation.stops(network, tokenizer)
     drawn = generation.sample(
         network,
         [tokenizer(prompt)["input_ids"] for prompt in prompts],
         responses=world.samples,
         max_new_tokens=world.max_new_tokens,
         temperature=world.temperature,
-        seed=world.seed,
+        seeds=[(world.seed, index) for index in range(len(prompts))],
         batch=BATCH,
         pad_id=stops[0],
         eos_ids=stops,
     )
     kept: dict[int, toy.ToyRow] = {}
     for done, (index, responses) in enumerate(drawn, start=1):
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        if all(texts) and all(response[-1] in stops for response in responses):
+        texts = tokenizer.batch_decode([each.tokens for each in responses], skip_special_tokens=True)
+        if all(texts) and all(each.ended for each in responses):
             scores = [toy.score(prompts[index], text) for text in texts]
             kept[index] = {"prompt": prompts[index], "completions": texts, "rewards": scores}
         progress("sampling responses", done, len(prompts))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from align_cli.evaluate import exact_match, stops
-from align_cli.generation import choose, sample
+from align_cli.evaluate import exact_match
+from align_cli.generation import Drawn, choose, sample, stops
 from align_cli.models import tiny
 
 ALPHABET = "ab+=#"
@@ -36,17 +36,22 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def drawn(model: PreTrainedModel, **changed: object) -> list[list[list[int]]]:
+def responses_of(model: PreTrainedModel, *, seed: int = 0, **changed: object) -> list[list[Drawn]]:
     options = {
         "responses": 3,
         "max_new_tokens": 9,
         "temperature": 1.0,
-        "seed": 0,
+        "seeds": [(seed, index) for index in range(len(PROMPTS))],
         "batch": 100,
         "pad_id": 0,
         "eos_ids": [2],
     }
-    return [responses for _, responses in sorted(sample(model, PROMPTS, **{**options, **changed}))]  # type: ignore[arg-type]
+    found = dict(sample(model, PROMPTS, **{**options, **changed}))  # type: ignore[arg-type]
+    return [found[index] for index in range(len(PROMPTS))]
+
+
+def drawn(model: PreTrainedModel, *, seed: int = 0, **changed: object) -> list[list[list[int]]]:
+    return [[each.tokens for each in group] for group in responses_of(model, seed=seed, **changed)]
 
 
 def test_greedy_is_the_argmax_of_the_plain_forward_pass(model: PreTrainedModel):
@@ -68,10 +73,23 @@ def test_samples_do_not_depend_on_the_batch(model: PreTrainedModel):
 
 
 def test_samples_of_equal_prompts_differ(model: PreTrainedModel):
-    options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 0, "batch": 8, "pad_id": 0, "eos_ids": [2]}
-    (_, first), (_, second) = sample(model, [[1, 4], [1, 4]], responses=4, **options)  # type: ignore[arg-type]
+    options = {"max_new_tokens": 9, "temperature": 1.0, "batch": 8, "pad_id": 0, "eos_ids": [2]}
+    seeds = [(0, 0), (0, 1)]
+    (_, first), (_, second) = sample(model, [[1, 4], [1, 4]], responses=4, seeds=seeds, **options)  # type: ignore[arg-type]
     assert first != second
-    assert len({tuple(each) for each in first}) > 1
+    assert len({tuple(each.tokens) for each in first}) > 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_response_brings_its_own_log_probability(model: PreTrainedModel, temperature: float):
+    for prompt, group in zip(PROMPTS, responses_of(model, temperature=temperature), strict=True):
+        for each in group:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + each.tokens])).logits[0, len(prompt) - 1 : -1]
+            logprobs = (logits / temperature).log_softmax(-1)
+            expected = logprobs.gather(-1, torch.tensor(each.tokens)[:, None]).squeeze(-1)
+            assert each.logprobs == pytest.approx(expected.tolist(), abs=1e-9)
+            assert each.ended == (each.tokens[-1] == 2)
 
 
 def test_a_sample_does_not_depend_on_how_many_there_are(model: PreTrainedModel):
@@ -112,13 +130,15 @@ def test_first_tokens_have_the_frequencies_of_the_model(model: PreTrainedModel):
 def test_choose_inverts_the_cumulative_distribution():
     logits = torch.tensor([0.2, 0.3, 0.5]).log().expand(6, 3)
     uniform = torch.tensor([0.0, 0.19, 0.21, 0.49, 0.51, 1 - 1e-12], dtype=torch.float64)
-    assert choose(logits, uniform, 1.0).tolist() == [0, 0, 1, 1, 2, 2]
+    tokens, logprobs = choose(logits, uniform, 1.0)
+    assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
+    assert logprobs.exp().tolist() == pytest.approx([0.2, 0.2, 0.3, 0.3, 0.5, 0.5], abs=1e-7)  # of fp32 logits
 
 
 def test_choose_never_takes_what_has_no_probability():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
     uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
-    assert choose(logits, uniform, 1.0).tolist() == [1, 3, 3]
+    assert choose(logits, uniform, 1.0)[0].tolist() == [1, 3, 3]
 
 
 def test_the_model_stays_in_its_mode(model: PreTrainedModel):
