@@ -1,17 +1,20 @@
 """The parts of a run, put together: the policy in its engine, the makers of columns, the loss over them."""
 
-from collections.abc import Iterator
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align_cli import distributed, paths, terminal
+from align_cli import baselines, columns, config, distributed, paths, terminal
 from align_cli.data.batches import members, steps_per_epoch
 from align_cli.data.store import Group, Store
 from align_cli.engine import (
@@ -24,7 +27,7 @@ from align_cli.engine import (
     settle_deepspeed,
 )
 from align_cli.errors import UserError
-from align_cli.experiment import Experiment, producers
+from align_cli.experiment import Experiment, Moments, producers
 from align_cli.models import recompute
 from align_cli.models.adapters import attach
 from align_cli.models.causal import (
@@ -32,15 +35,25 @@ from align_cli.models.causal import (
     Model,
     error_of,
     load_model,
+    read_architecture,
     recompute_activations,
     takes_flat_rows,
 )
 from align_cli.models.head import Head, transform_of
-from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics, rows
+from align_cli.models.scalar import attach_value_head, load_reward_model
+from align_cli.models.scalar import error_of as scalar_error
+from align_cli.normaliser import LogZ
+from align_cli.raters import ByModel, ByProgram, FirstFeature, FromModel, Rater
+from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics, rows, weights_digest
+from align_cli.reinforcement import Scaled, TokenRewards, Whitened, summed
+from align_cli.sources import Dataset, Extra, FromPolicy, Rollout, Sampler
+from align_cli.tilt import Lambdas, doubt, fitted, told
 from align_cli.train import Method, total_steps
 
 # Largest difference in nats per token between a flat row and padded sequences that rounding explains.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+# The same of scores and values, as a share of the largest: two products in each of some thirty layers round the state.
+SCALAR_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -71,20 +84,39 @@ def build_engine(experiment: Experiment, device: torch.device) -> Engine:
         engine: Engine = TorchEngine(_network(experiment, dtype), device, manner=manner, optimizer=experiment.optimizer)
     else:
         settle_deepspeed(device)
-        config = deepspeed_config(options, experiment.optimizer, device, alone=not experiment.frozen_reference)
+        config = deepspeed_config(options, experiment.optimizer, device, alone=experiment.alone)
         alive = keep_zero3_alive(config)
         network = _network(experiment, dtype)
         engine = DeepSpeedEngine(network, device, manner=manner, config=config, optimizer=experiment.optimizer)
         del alive
     manner = find_manner(
-        engine.network, engine.module(), experiment.model, dtype=dtype, logits_mb=options.logits_mb, device=device
+        engine.network,
+        engine.module(),
+        experiment.model,
+        dtype=dtype,
+        logits_mb=options.logits_mb,
+        device=device,
+        scalar=experiment.scalar,
     )
-    engine.manner = replace(manner, sparing=options.sparing)
+    engine.manner = replace(manner, sparing=options.sparing, temperature=_temperature(experiment))
     return engine
 
 
+def _temperature(experiment: Experiment) -> float:
+    """Of the distributions that are measured."""
+    source = experiment.source
+    return source.temperature if isinstance(source, FromPolicy) and experiment.tempered else 1.0
+
+
 def find_manner(
-    network: Network, module: nn.Module, model: Model, *, dtype: torch.dtype, logits_mb: int, device: torch.device
+    network: Network,
+    module: nn.Module,
+    model: Model,
+    *,
+    dtype: torch.dtype,
+    logits_mb: int,
+    device: torch.device,
+    scalar: Literal["scores", "values"] | None = None,
 ) -> Manner:
     """The fastest way to measure a model that agrees with its own code on padded sequences; every rank calls it.
 
@@ -93,6 +125,7 @@ def find_manner(
         module: what a forward pass calls.
         dtype: of weights and activations.
         logits_mb: `engine.logits_mb`.
+        scalar: what its scalar head reads, if it has one.
     """
     flat = model.rows != "padded" and takes_flat_rows(network.config)
     if model.rows in ("shared", "packed") and not flat:
@@ -101,22 +134,25 @@ def find_manner(
             "Use model.rows=auto or padded."
         )
     say = terminal.say if distributed.rank() == 0 else terminal.silent
-    output: Any = network.get_output_embeddings()
-    known = None
-    if model.head == "auto" and isinstance(output, Head):
-        known = transform_of(module, output, device)
-    wanted = Manner(flat, model.rows != "packed", known, logits_mb * 1_000_000)
-    ways = [wanted, replace(wanted, transform=None), replace(wanted, flat=False), Manner(flat=False)]
-    vocabulary = int(network.config.vocab_size)
+    padded = Manner(flat=False, scalar=scalar)
+    if scalar == "scores":
+        ways = [Manner(flat, model.rows != "packed", scalar=scalar), padded]
+    else:
+        output: Any = network.get_output_embeddings()
+        known = None
+        if model.head == "auto" and isinstance(output, Head):
+            known = transform_of(module, output, device)
+        wanted = Manner(flat, model.rows != "packed", known, logits_mb * 1_000_000, scalar=scalar)
+        ways = [wanted, replace(wanted, transform=None), replace(wanted, flat=False), padded]
     for way in dict.fromkeys(ways):
-        if way == Manner(flat=False):  # what all others are held against
+        if way == padded and scalar != "scores":  # what all others are held against
             break
-        error = max(distributed.gather(error_of(module, way, vocabulary, device)))
-        head = "the model's own head" if way.transform is None else "the chunked head"
-        told = f"{rows(way)} rows and {head} are {error:.2g} nats per token off the model's own code"
-        if error <= ROUNDING[dtype]:
+        fits, told = _tested(network, module, way, dtype, device)
+        if fits:
             say(f"self-test: {told}")
             break
+        if way == padded:
+            raise UserError(f"model.path={model.path}: {told}; it is no linear head on a response's last state.")
         if model.rows in ("shared", "packed") and way.transform is None:
             raise UserError(f"model.rows={model.rows}: {told} under this architecture. Use model.rows=padded.")
         if distributed.rank() == 0:
@@ -124,9 +160,33 @@ def find_manner(
     return way
 
 
+def _tested(
+    network: Network, module: nn.Module, way: Manner, dtype: torch.dtype, device: torch.device
+) -> tuple[bool, str]:
+    """Whether a way of measuring gives what the model's own code gives, up to rounding, and how far it is off."""
+    told: list[str] = []
+    fits = True
+    if way.scalar != "scores":
+        error = max(distributed.gather(error_of(module, way, int(network.config.vocab_size), device)))
+        head = "the model's own head" if way.transform is None else "the chunked head"
+        told.append(f"{rows(way)} rows and {head} are {error:.2g} nats per token off the model's own code")
+        fits = error <= ROUNDING[dtype]
+    if way.scalar is not None:
+        error = max(distributed.gather(scalar_error(network, module, way, device)))
+        told.append(f"{way.scalar} on {rows(way)} rows are {error:.2g} of the largest off the model's own code")
+        fits = fits and error <= SCALAR_ROUNDING[dtype]
+    return fits, "; ".join(told)
+
+
 def _network(experiment: Experiment, dtype: torch.dtype) -> Network:
-    base = load_model(experiment.model, dtype=dtype, bits=experiment.adapter.bits)
-    network = attach(base, experiment.adapter, seed=experiment.run.seed)
+    scores = experiment.scalar == "scores"
+    if scores:
+        base = load_reward_model(experiment.model, dtype=dtype)
+    else:
+        base = load_model(experiment.model, dtype=dtype, bits=experiment.adapter.bits)
+    network = attach(base, experiment.adapter, seed=experiment.run.seed, scores=scores)
+    if experiment.scalar == "values":
+        attach_value_head(network)
     if experiment.engine.gradient_checkpointing:
         recompute_activations(base)
         if experiment.adapter.rank is not None:
@@ -138,7 +198,7 @@ def _network(experiment: Experiment, dtype: torch.dtype) -> Network:
 
 
 def build_methods(
-    prepared: Prepared, engine: Engine, device: torch.device, digest: str
+    prepared: Prepared, engine: Engine, device: torch.device, digest: str, learnt: Mapping[str, Any]
 ) -> tuple[Method, Method, Cached | None]:
     """The loss with the makers of its columns, for training and for evaluation.
 
@@ -147,11 +207,14 @@ def build_methods(
 
     Args:
         digest: of the policy's starting weights.
+        learnt: what makers of columns had learnt when the run was last saved (`Method.state`).
     """
     experiment = prepared.experiment
     asked = "reference" in experiment.made
     reference, cache = None, None
-    if experiment.reference.name == "cached":
+    if experiment.scalar == "scores":  # a reward model has no reference
+        pass
+    elif experiment.reference.name == "cached":
         reference = cache = open_cache(experiment, engine, digest)
         fill(cache, prepared, engine, everything=False)
     elif asked and experiment.reference.name == "frozen":
@@ -163,8 +226,140 @@ def build_methods(
         return method, method, None
     mismatch = MismatchKL(engine, reference, budget=experiment.engine.micro_tokens)
     makers = producers(experiment) | {"reference": reference, "mismatch_kl": mismatch}
-    seen = experiment.made if asked else (*experiment.made, "reference")
+    if isinstance(experiment.source, FromPolicy):
+        makers |= _online(experiment, learnt)
+        if "reference_tokens" in experiment.made:
+            assert not isinstance(reference, Cached), "a rollout was checked to have no cached reference"
+            makers |= {"reference_tokens": reference.tokens, "reference": summed}
+        seen = experiment.evaluated
+    else:
+        seen = experiment.made if asked else (*experiment.made, "reference")
     return Method(experiment, makers, experiment.made), Method(experiment, makers, seen), cache
+
+
+def _online(experiment: Experiment, learnt: Mapping[str, Any]) -> dict[str, columns.Column]:
+    """The makers of columns that look at all samples of a step."""
+    makers: dict[str, columns.Column] = {"advantages": Whitened(experiment.whiten)}
+    if experiment.target is not None:
+        makers["log_z"] = LogZ(experiment.normaliser, learnt.get("log_z"))
+    if experiment.moments is not None:
+        makers["lambdas"] = Lambdas(learnt["lambdas"], list(experiment.moments.features))
+    if experiment.contrast is not None and experiment.contrast.scaling == "dynamic":
+        makers["rewards"] = Scaled(experiment.reward, learnt.get("rewards"))
+    if experiment.kl is not None:
+        makers["token_rewards"] = TokenRewards(experiment.kl, learnt.get("token_rewards"))
+    return makers
+
+
+def build_source(prepared: Prepared, engine: Engine, digest: str) -> Dataset | Rollout:
+    """Where the steps come from; the engine's weights are still those that the run starts from.
+
+    Args:
+        digest: of these weights.
+    """
+    experiment = prepared.experiment
+    train = experiment.train
+    common: dict[str, Any] = {
+        "store": prepared.train,
+        "prompts": train.prompts,
+        "seed": experiment.run.seed,
+        "together": train.together,
+        "budget": experiment.engine.micro_tokens,
+    }
+    if not isinstance(experiment.source, FromPolicy):
+        return Dataset(**common, engine=engine)
+    if experiment.moments is not None:
+        features = [ByProgram(each.scorer, prepared.tokenizer) for each in experiment.moments.features.values()]
+        sampler = Sampler(engine, prepared.tokenizer, FirstFeature(), experiment.source, features)
+        return Rollout(**common, sampler=sampler, extras={})
+    sampler = Sampler(engine, prepared.tokenizer, build_rater(prepared, engine), experiment.source)
+    extras: dict[str, Extra] = {}
+    if experiment.advantage is not None and "greedy" in columns.asked(experiment.advantage):
+        extras["greedy"] = partial(_greedy, sampler, experiment.run.seed)
+    if experiment.contrast is not None:
+        extras["baselines"] = _baselines(prepared, sampler, engine, digest)
+    return Rollout(**common, sampler=sampler, extras=extras)
+
+
+def _greedy(sampler: Sampler, seed: int, prompts: Sequence[Group], number: int) -> list[NDArray[np.float32]]:
+    """The column `greedy`."""
+    return [group.ratings[0] for group in sampler.draw(prompts, (seed, number), samples=1, temperature=0.0)]
+
+
+def _baselines(prepared: Prepared, sampler: Sampler, engine: Engine, digest: str) -> baselines.Baselines:
+    """The column `baselines`, for all prompts of the run."""
+    experiment, store = prepared.experiment, prepared.train
+    assert experiment.contrast is not None
+    origin = {
+        "weights": digest,
+        "numerics": numerics(
+            dtype=experiment.engine.dtype(engine.device),
+            bits=experiment.adapter.bits,
+            manner=engine.manner,
+            device=engine.device,
+        ),
+        "scorer": experiment.tree["scorer"],
+        "code": _content(experiment),
+    }
+    return baselines.prepare(
+        sampler,
+        (store[int(index)] for index in _groups_of_steps(experiment, store)),
+        responses=experiment.contrast.responses,
+        seed=experiment.run.seed,
+        kept=paths.cache() / "baselines",
+        origin=origin,
+        say=terminal.say if distributed.rank() == 0 else terminal.silent,
+    )
+
+
+def learn_first(prepared: Prepared, source: Dataset | Rollout) -> dict[str, Any]:
+    """What makers of columns have to know before the first step, from the policy as it starts; every rank calls it.
+
+    Returns:
+        As `Method.state`.
+    """
+    moments = prepared.experiment.moments
+    if moments is None:
+        return {}
+    assert isinstance(source, Rollout), "features are of samples"
+    # One rank's result for all: another processor may round otherwise.
+    found = distributed.gather(_fitted(source, moments))[0]
+    if distributed.rank() == 0:
+        terminal.say(told(found))
+        against = doubt(found)
+        if against is not None:
+            terminal.warn(against)
+    return {"lambdas": found}
+
+
+def _fitted(source: Rollout, moments: Moments) -> dict[str, Any]:
+    """λ under which the starting model's samples have the moments; every rank calls it."""
+    if moments.by == "shared":
+        return fitted(source.spread(moments.samples, apiece=1), moments.wanted, apart=False)
+    # Half of the logarithm each: many prompts to average over, many responses to estimate the Z of one.
+    return fitted(source.spread(moments.samples, apiece=math.isqrt(moments.samples)), moments.wanted, apart=True)
+
+
+def _content(experiment: Experiment) -> str:
+    """What decides a rating beside the options of the `scorer` section: a program's text, or a model's weights."""
+    if not isinstance(experiment.scorer, FromModel):
+        return inspect.getsource(config.find("align_cli.scorers", experiment.tree["scorer"]["name"], "scorer"))
+    model = replace(experiment.model, path=experiment.scorer.path, revision=None)
+    return weights_digest(model.path, vars(read_architecture(model)).get("_commit_hash"))
+
+
+def build_rater(prepared: Prepared, engine: Engine) -> Rater:
+    """Who rates what the policy samples; every rank calls it."""
+    experiment = prepared.experiment
+    assert experiment.scorer is not None, "a rollout was checked to have one"
+    if not isinstance(experiment.scorer, FromModel):
+        return ByProgram(experiment.scorer, prepared.tokenizer)
+    model = replace(experiment.model, path=experiment.scorer.path, revision=None)
+    dtype = experiment.engine.dtype(engine.device)
+    network, called = _beside(experiment, engine.device, lambda: load_reward_model(model, dtype=dtype))
+    logits_mb, device = experiment.engine.logits_mb, engine.device
+    manner = find_manner(network, called, model, dtype=dtype, logits_mb=logits_mb, device=device, scalar="scores")
+    return ByModel(called, manner, device, experiment.engine.micro_tokens)
 
 
 def open_cache(experiment: Experiment, engine: Engine, digest: str) -> Cached:
@@ -239,17 +434,25 @@ def _frozen(experiment: Experiment, engine: Engine, device: torch.device) -> Fro
     if experiment.reference.path is not None:
         model = replace(model, path=experiment.reference.path, revision=None)
     dtype = experiment.engine.dtype(device)
-    network: nn.Module
-    if experiment.engine.stage != 3:
-        network = load_model(model, dtype=dtype, bits=experiment.adapter.bits).to(device).eval()  # pyright: ignore
-    else:
-        import deepspeed
-
-        config = deepspeed_config(experiment.engine, experiment.optimizer, device, alone=False)
-        alive = keep_zero3_alive(config)
-        second = load_model(model, dtype=dtype, bits=None).eval()
-        network, *_ = deepspeed.initialize(model=second, config=config, dist_init_required=False)
-        del alive
-    plain: Any = network if experiment.engine.stage != 3 else second
+    bits = experiment.adapter.bits if experiment.engine.stage != 3 else None
+    network, called = _beside(experiment, device, lambda: load_model(model, dtype=dtype, bits=bits))
     logits_mb = experiment.engine.logits_mb
-    return Frozen(network, find_manner(plain, network, model, dtype=dtype, logits_mb=logits_mb, device=device))
+    manner = find_manner(network, called, model, dtype=dtype, logits_mb=logits_mb, device=device)
+    return Frozen(called, replace(manner, temperature=_temperature(experiment)))
+
+
+def _beside(
+    experiment: Experiment, device: torch.device, load: Callable[[], PreTrainedModel]
+) -> tuple[PreTrainedModel, nn.Module]:
+    """A model that does not train, and what a forward pass of it calls."""
+    if experiment.engine.stage != 3:
+        network = load().to(device).eval()  # pyright: ignore[reportArgumentType]
+        return network, network
+    import deepspeed
+
+    config = deepspeed_config(experiment.engine, experiment.optimizer, device, alone=False)
+    alive = keep_zero3_alive(config)
+    network = load().eval()
+    called, *_ = deepspeed.initialize(model=network, config=config, dist_init_required=False)
+    del alive
+    return network, called

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import yaml
@@ -287,7 +288,7 @@ def plugins() -> list[str]:
     return [part for package in _plugins for part in ("--plugin", package)]
 
 
-def find(module: str, name: str, key: str, *, function: str | None = None) -> Callable[..., Any]:
+def find(module: str, name: str, key: str, *, function: str | None = None, told: str = "name") -> Callable[..., Any]:
     """The function of a part: in `<module>.<name>` where `module` is a package, else in `module` itself.
 
     Args:
@@ -295,13 +296,14 @@ def find(module: str, name: str, key: str, *, function: str | None = None) -> Ca
         name: of the part.
         key: the group, for messages.
         function: what the function is called; None: as the part.
+        told: the key under `key` that names the part.
 
     Raises:
         UserError: there is none.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(
-            f"{key}.name={shown(name)}: a name of lower-case letters, digits and underscores would be right."
+            f"{key}.{told}={shown(name)}: a name of lower-case letters, digits and underscores would be right."
         )
     part = module.partition(".")[2]
     for root in ("align_cli", *_plugins):
@@ -312,7 +314,7 @@ def find(module: str, name: str, key: str, *, function: str | None = None) -> Ca
             return found
     where = ", ".join(f"{root}.{part}" for root in ("align_cli", *_plugins))
     raise UserError(
-        f"{key}.name={name}: there is no function {function or name} for it in {where}; --plugin PACKAGE names a "
+        f"{key}.{told}={name}: there is no function {function or name} for it in {where}; --plugin PACKAGE names a "
         "package of your own."
     )
 
@@ -338,7 +340,14 @@ def options(target: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
-def check(target: Callable[..., Any], node: Any, path: str, *, injected: Sequence[str] = ()) -> list[str]:
+def check(
+    target: Callable[..., Any],
+    node: Any,
+    path: str,
+    *,
+    injected: Sequence[str] = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> list[str]:
     """What is wrong with `node` as the options of `target`, a sentence for each problem.
 
     Args:
@@ -346,13 +355,14 @@ def check(target: Callable[..., Any], node: Any, path: str, *, injected: Sequenc
         node: the section of the configuration.
         path: the section's key, for messages.
         injected: parameters that the program gives, not the configuration.
+        more: keys that the section has beside the target's, with their annotations.
     """
     from pydantic import ConfigDict, ValidationError, create_model
 
     if not isinstance(node, Mapping):
         return [f"{path}={shown(node)}: a section with keys would be right."]
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    names = [name for name in options(target) if name not in injected]
+    hints = {**more, **get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)}
+    names = [*more, *(name for name in options(target) if name not in injected)]
     fields: dict[str, Any] = {name: (hints[name], ...) for name in names}
     schema = create_model("Options", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
     asked = [str(key) for key, value in node.items() if value == MISSING]

@@ -1,6 +1,7 @@
 """An experiment: the checked configuration, its parts, the combinations that have no meaning, the engine that fits."""
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,15 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from align_cli import columns, config, memory, rundir
+from align_cli import advantages, columns, config, memory, refusals, rundir
 from align_cli.config import Tree
 from align_cli.data.options import Data
 from align_cli.engine import EngineOptions, Optimizer
 from align_cli.errors import UserError
 from align_cli.models.adapters import Adapter
 from align_cli.models.causal import Model
+from align_cli.normaliser import LogZ
 from align_cli.preferences import strict_pairs
 from align_cli.ranges import Count, Fraction, NotEmpty, Positive, WholeNumber
+from align_cli.raters import FromModel, Scorer
+from align_cli.reinforcement import AdaptiveKL, FixedKL, TokenRewards, Whitened, summed
+from align_cli.sources import FromDataset, FromPolicy
 from align_cli.tracking import Track
 from align_cli.world import World
 
@@ -81,6 +86,29 @@ class Reference:
 
 Loss = Callable[..., Tensor]
 
+
+@dataclass(frozen=True)
+class Feature:
+    """What a target wants of a scorer: that its mean be the moment."""
+
+    scorer: Scorer
+    moment: float
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The features of a target, on how many samples its λ is fitted, and whether each prompt is normalised apart."""
+
+    features: Mapping[str, Feature]
+    samples: int
+    by: Literal["shared", "prompt"]
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """The moment of each feature."""
+        return {name: feature.moment for name, feature in self.features.items()}
+
+
 SECTIONS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "optimizer": Optimizer,
@@ -96,9 +124,45 @@ SECTIONS: dict[str, Callable[..., Any]] = {
 }
 BUDGET = 4096  # tokens of a micro-batch where nothing says more
 BUDGETS = tuple(1024 * 2**power for power in range(7))  # beyond 65,536 tokens a GPU gains nothing
+SOURCES: dict[str, type[FromDataset] | type[FromPolicy]] = {"dataset": FromDataset, "rollout": FromPolicy}
+RATERS: dict[str, type[FromModel]] = {"model": FromModel}  # what rates responses and is no function of texts
+PARTS = ("algo", "divergence", "reward", "scorer", "target", "advantage", "kl")  # sections that choose a function
+PENALTIES: dict[str, type[FixedKL] | type[AdaptiveKL]] = {"fixed": FixedKL, "adaptive": AdaptiveKL}
 MARGIN = 0.1  # share of a device's memory that a chosen stage leaves to buffers, fragments and the driver
 GIVEN = ("ratings", "lengths", "mask", "batch", *columns.POLICY)
-MADE = ("rewards", "pairs", "reference", "mismatch_kl")
+SAMPLED = ("behavior", "behavior_tokens", "greedy", "baselines")  # given by rollouts alone
+FEATURED = ("features",)  # given by rollouts whose target asks for them
+ASKED = {"scorer": NotEmpty, "moment": float}  # of each feature, beside the scorer's options
+SHOWN = "target.features.NAME={scorer: matches, pattern: '^hmm', moment: 0.5}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalised:
+    """What the loop reads of the `target` section."""
+
+    normaliser: Literal["shared", "prompt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted(Normalised):
+    """What the loop reads of it where the target is fitted to its features."""
+
+    samples: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whitening:
+    """What the loop reads of the `advantage` section."""
+
+    whiten: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """What the loop reads of the section `reward=contrastive`."""
+
+    responses: Count
+    scaling: Literal["none", "dynamic"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +189,15 @@ class Experiment:
         at_reference: the exact value of the loss while the policy is the reference, a function of columns; None
             for a loss without a reference.
         reward: makes `rewards`.
+        source: where responses come from.
+        scorer: rates sampled responses; None where the data does, or the first of the target's features.
+        moments: of the target's features; None where it is not made of such.
+        target: makes `target`; None where there is none.
+        normaliser: "shared" or "prompt", of the target.
+        advantage: makes `raw_advantages`; None where there are none.
+        whiten: whether advantages are brought to mean 0 and deviation 1 over a step.
+        kl: the penalty in what tokens earn; None where there is none.
+        contrast: with how many responses of the starting model a response is compared, and how; None: with none.
         beta: the scale of implicit rewards; 1 where the algorithm has none.
         made: the columns to produce, in order.
     """
@@ -146,9 +219,47 @@ class Experiment:
     loss: Loss
     at_reference: Loss | None
     reward: Loss
+    source: FromDataset | FromPolicy
+    scorer: Scorer | FromModel | None
+    moments: Moments | None
+    target: Loss | None
+    normaliser: Literal["shared", "prompt"]
+    advantage: Loss | None
+    whiten: bool
+    kl: FixedKL | AdaptiveKL | None
+    contrast: Contrast | None
     beta: float
     made: tuple[str, ...]
     choice: Choice | None
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether responses are drawn from the very policy that learns from them."""
+        return isinstance(self.source, FromPolicy) and (self.source.temperature == 1 or self.tempered)
+
+    @property
+    def tempered(self) -> bool:
+        """Whether the policy that learns is the one at the sampler's temperature; f-DPG weighs the difference."""
+        drawn = isinstance(self.source, FromPolicy) and self.source.temperature != 1
+        return drawn and "advantages" in self.made
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the policy is measured once more, before the first of several updates or for its critic."""
+        if not isinstance(self.source, FromPolicy) or not self.on_policy:
+            return False
+        return self.source.updates > 1 or self.scalar == "values"
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """The columns that samples of held-out prompts are told by."""
+        wanted = ("reference_tokens", "reference", "target", "log_z", *self.target_asks)
+        return tuple(name for name in self.made if name in wanted)
+
+    @property
+    def target_asks(self) -> tuple[str, ...]:
+        """The columns that the target is made of."""
+        return () if self.target is None else tuple(columns.asked(self.target))
 
     @property
     def algorithm(self) -> str:
@@ -164,6 +275,17 @@ class Experiment:
     def per_token(self) -> bool:
         """Whether the loss is an average over response tokens and not over prompts."""
         return "policy_tokens" in columns.asked(self.loss)
+
+    @property
+    def scalar(self) -> Literal["scores", "values"] | None:
+        """What the network's scalar head reads: it is a reward model, or a policy with a critic; None: it has none."""
+        asked = columns.asked(self.loss)
+        return "scores" if "scores" in asked else "values" if "values" in asked else None
+
+    @property
+    def alone(self) -> bool:
+        """Whether the network that trains is the only model."""
+        return not self.frozen_reference and not isinstance(self.scorer, FromModel)
 
     @property
     def frozen_reference(self) -> bool:
@@ -197,7 +319,7 @@ def _staged(tree: Tree) -> Experiment:
         return replace(_read(_with(tree, name="torch")), choice=Choice("engine=torch: there is one rank", fits=True))
     if several.model.path == "world":
         return replace(several, choice=Choice("engine=zero1: the embedded world's model is small", fits=True))
-    return lowest(several, memory.shape(several.model, several.adapter))
+    return lowest(several, shape_of(several))
 
 
 def _with(tree: Tree, **settings: Any) -> Tree:
@@ -228,7 +350,7 @@ def roomy(experiment: Experiment) -> Experiment:
     if not on_gpu(experiment) or experiment.model.path == "world":
         return experiment
     try:
-        shape = memory.shape(experiment.model, experiment.adapter)
+        shape = shape_of(experiment)
     except UserError:  # its memory cannot be planned
         return experiment
     there = (1 - MARGIN) * room(experiment)[0]
@@ -286,14 +408,39 @@ def _read(tree: Tree) -> Experiment:
     problems += config.check(Reference, reference, "reference")
     if tree.get("world") is not None:
         problems += config.check(World, tree["world"], "world")
-    if tree.get("source") != {"name": "dataset"}:
-        problems.append(f"source={config.shown(tree.get('source'))}: source=dataset would be right.")
+    source = SOURCES.get(str(_section(tree, "source").get("name")))
+    if source is None:
+        problems.append(f"source={config.shown(tree.get('source'))}: source=dataset or rollout would be right.")
+    else:
+        problems += config.check(source, tree["source"], "source")
     if tree.get("resume") not in ("auto", "never"):
         problems.append(f"resume={config.shown(tree.get('resume'))}: auto or never would be right.")
 
     loss = _find(tree, "algo", "align_cli.losses", problems)
     divergence = _find(tree, "divergence", "align_cli.divergences", problems) if tree.get("divergence") else None
     reward = _find(tree, "reward", "align_cli.rewards", problems)
+    target = _find(tree, "target", "align_cli.targets", problems) if tree.get("target") else None
+    featured = target is not None and "features" in columns.asked(target)
+    features: dict[str, Feature] = {}
+    if featured:
+        features = _features(tree["target"].get("features"), problems)
+        tree = {**tree, "scorer": None}  # features rate the samples
+    scorer = RATERS.get(str(_section(tree, "scorer").get("name")))
+    if scorer is None and tree.get("scorer"):
+        scorer = _find(tree, "scorer", "align_cli.scorers", problems)
+    advantage = _find(tree, "advantage", "align_cli.advantages", problems) if tree.get("advantage") else None
+    penalty = PENALTIES.get(str(_section(tree, "kl").get("name")))
+    if tree.get("kl") and penalty is None:
+        problems.append(f"kl={config.shown(tree['kl'])}: kl=fixed or adaptive would be right.")
+    elif penalty is not None:
+        problems += config.check(penalty, tree["kl"], "kl")
+    if scorer is not None:
+        problems += config.check(scorer, _scorer_options(tree), "scorer")
+    if target is not None:
+        aim = {key: value for key, value in tree["target"].items() if not featured or key != "features"}
+        problems += _check_both(target, Fitted if featured else Normalised, {"target": aim}, "target")
+    if advantage is not None:
+        problems += _check_both(advantage, Whitening, tree, "advantage")
     if loss is not None:
         injected = [name for name in ("divergence",) if name in config.options(loss)]
         problems += config.check(loss, _options(tree["algo"]), "algo", injected=injected)
@@ -301,16 +448,20 @@ def _read(tree: Tree) -> Experiment:
         _find(tree, "data", "align_cli.data", problems, function="record")
     if divergence is not None:
         problems += config.check(divergence, _options(tree["divergence"]), "divergence")
-    if reward is not None:
+    if reward is not None and "baselines" in columns.asked(reward):
+        problems += _check_both(reward, Contrast, tree, "reward")
+    elif reward is not None:
         problems += config.check(reward, _options(tree["reward"]), "reward")
-    if problems or loss is None or reward is None:
+    if problems or loss is None or reward is None or source is None:
         raise UserError("\n".join(problems))
 
     sections = {name: config.build(target, tree[name]) for name, target in SECTIONS.items()}
     link = None if divergence is None else config.build(divergence, _options(tree["divergence"]))
     takes_divergence = "divergence" in config.options(loss)
-    problems += _meaningless(tree, loss, link)
-    problems += _meaningless_settings(sections, tree)
+    problems += refusals.of_parts(tree, loss, link)
+    problems += refusals.of_source(tree, loss, link)
+    problems += refusals.of_scores(sections, tree, loss)
+    problems += refusals.of_settings(sections, tree)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -318,17 +469,35 @@ def _read(tree: Tree) -> Experiment:
     built_loss = config.build(loss, _options(tree["algo"]), **given)
     exact = vars(importlib.import_module(loss.__module__)).get("at_reference")
     built_reward = config.build(reward, _options(tree["reward"]))
-    producers = {name: _placeholder(name, built_reward) for name in MADE}
+    built_target = None if target is None else config.build(target, _options(tree["target"]))
+    built_advantage = None if advantage is None else config.build(advantage, _options(tree["advantage"]))
+    asked = columns.asked(built_loss)
+    makers = _signatures(
+        built_reward, built_target, built_advantage, penalty is not None or "reference_tokens" in asked
+    )
+    rolls = source is FromPolicy
+    wanted = [*asked, *(["reference"] if rolls else [])]  # samples are told by how far they went
+    remembered = ["old_values"] if "values" in asked else []
     try:
-        made = columns.plan(columns.asked(built_loss), GIVEN, producers)
+        sampled = (*SAMPLED, *remembered, *(FEATURED if featured else ()))
+        made = columns.plan(wanted, (*GIVEN, *sampled) if rolls else GIVEN, makers)
     except ValueError as error:
-        there = ", ".join(dict.fromkeys([*GIVEN, *MADE]))
+        there = ", ".join(dict.fromkeys([*GIVEN, *makers]))
         raise UserError(f"algo={tree['algo']['name']}: {error} There are {there}.") from error
     return Experiment(
         tree=tree,
         loss=built_loss,
         at_reference=None if exact is None else config.build(exact, _options(tree["algo"]), **_only(exact, given)),
         reward=built_reward,
+        source=config.build(source, tree["source"]),
+        scorer=None if scorer is None else config.build(scorer, _scorer_options(tree)),
+        moments=Moments(features, tree["target"]["samples"], tree["target"]["normaliser"]) if featured else None,
+        target=built_target,
+        normaliser=_section(tree, "target").get("normaliser", "shared"),
+        advantage=built_advantage,
+        whiten=_section(tree, "advantage").get("whiten", False),
+        kl=None if penalty is None else config.build(penalty, tree["kl"]),
+        contrast=config.build(Contrast, tree["reward"]) if "baselines" in columns.asked(reward) else None,
         beta=float(tree["algo"]["beta"]) if "beta" in tree["algo"] else 1.0,
         made=tuple(made),
         choice=None,
@@ -354,17 +523,49 @@ def _options(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key != "name"}
 
 
+def _scorer_options(tree: Tree) -> dict[str, Any]:
+    """What a scorer is built from: a function's options, or the whole section of a rater that is none."""
+    return dict(tree["scorer"]) if tree["scorer"]["name"] in RATERS else _options(tree["scorer"])
+
+
 def _only(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in config.options(function)}
 
 
-def _placeholder(name: str, reward: Loss) -> Loss:
-    """A producer's signature, for planning: what makes a column, not how."""
-    if name == "rewards":
-        return reward
-    if name == "pairs":
-        return strict_pairs
-    return lambda: torch.empty(0)
+def _check_both(part: Callable[..., Any], loop: type, tree: Tree, group: str) -> list[str]:
+    """What is wrong with a section whose keys are the options of a part and what the loop reads beside them."""
+    section, own = _options(_section(tree, group)), config.options(loop)
+    of_loop = {name: value for name, value in section.items() if name in own}
+    of_part = {name: value for name, value in section.items() if name not in own}
+    return config.check(part, of_part, group) + config.check(loop, of_loop, group)
+
+
+def _signatures(
+    reward: Loss, target: Loss | None, advantage: Loss | None, tokens: bool
+) -> dict[str, Callable[..., Any]]:
+    """For planning: what asks for which columns to make its own.
+
+    Args:
+        tokens: whether something asks for the reference of each token.
+    """
+
+    def alone() -> None:
+        """Asks for no column."""
+
+    found: dict[str, Callable[..., Any]] = {
+        "rewards": reward,
+        "pairs": strict_pairs,
+        "reference": summed if tokens else alone,
+        "mismatch_kl": alone,
+        "token_rewards": TokenRewards(FixedKL(name="fixed", beta=0.0)).__call__,
+        "advantages": Whitened(False).__call__,
+        "returns": advantages.returns,
+        "log_z": LogZ("shared").__call__,
+        "lambdas": alone,
+    }
+    found |= {"reference_tokens": alone} if tokens else {}
+    found |= {} if target is None else {"target": target}
+    return found if advantage is None else {**found, "raw_advantages": advantage}
 
 
 def _find(
@@ -381,98 +582,39 @@ def _find(
         return None
 
 
+def _features(node: Any, problems: list[str]) -> dict[str, Feature]:
+    """The features of a target, as far as they are right."""
+    if not isinstance(node, Mapping) or not node:
+        given = "" if node in (None, config.MISSING) else f"target.features={config.shown(node)}: "
+        problems.append(f"{given}a target of moments has at least one feature, as {SHOWN}.")
+        return {}
+    found: dict[str, Feature] = {}
+    for name, options in node.items():
+        key, before = f"target.features.{name}", len(problems)
+        if not re.fullmatch(r"\w+", str(name)) or not isinstance(options, Mapping):
+            shown = config.shown(dict(options) if isinstance(options, Mapping) else options)
+            problems.append(f"{key}={shown}: a name of letters and digits, and keys, would be right, as {SHOWN}.")
+            continue
+        if not options.get("scorer") or options["scorer"] == config.MISSING:
+            problems.append(
+                f"{key}.scorer is missing: {', '.join(config.group_names()['scorer'])}, or one of your own."
+            )
+            continue
+        try:
+            scorer = config.find("align_cli.scorers", options["scorer"], key, told="scorer")
+        except UserError as error:
+            near = config.did_you_mean(str(options["scorer"]), config.group_names()["scorer"])
+            problems.append(f"{error}{near}")
+            continue
+        problems += config.check(scorer, options, key, more=ASKED)
+        if len(problems) == before:
+            found[str(name)] = Feature(config.build(scorer, options), float(options["moment"]))
+    return found
+
+
 def _unknown_sections(tree: Tree) -> list[str]:
-    known = [*SECTIONS, "reference", "world", "source", "resume", "algo", "divergence", "reward"]
+    known = [*SECTIONS, "reference", "world", "source", "resume", *PARTS]
     return [f"{key}: no such key.{config.did_you_mean(key, known)}" for key in tree if key not in known]
-
-
-def _meaningless(tree: Tree, loss: Loss, link: Any) -> list[str]:
-    """Combinations of algorithm, divergence, reward and data that compute nothing."""
-    algorithm, reward, data = tree["algo"]["name"], tree["reward"]["name"], tree["data"]
-    asked = columns.asked(loss)
-    problems: list[str] = []
-    if link is not None and "divergence" not in config.options(loss):
-        problems.append(
-            f"algo={algorithm} divergence={tree['divergence']['name']}: {algorithm} has no divergence to choose. "
-            "f-DPO's βf'(π/π_ref) leaves a term of the prompt alone that only differences of two responses cancel; "
-            "algo=f_dpo takes a divergence."
-        )
-    if link is None and "divergence" in config.options(loss):
-        problems.append(f"algo={algorithm} needs a divergence: divergence=reverse_kl, forward_kl, js or alpha.")
-    if link is not None and "divergence" in config.options(loss) and not link.links:
-        problems.append(
-            f"algo={algorithm} divergence={tree['divergence']['name']}: its f' is finite at 0, so the optimal policy "
-            "may leave responses out and the reward is no function of π/π_ref."
-        )
-    # Where neither key tells, the rows themselves do (`align_cli.data.store`).
-    given = data["responses"] or (data["expected"] or {}).get("responses", 2)
-    compares = "pairs" in asked or ("rewards" in asked and "mismatch_kl" not in asked)
-    if compares and given == 1:
-        problems.append(
-            f"algo={algorithm} compares the responses of a prompt; data={data['name']} data.responses="
-            f"{config.shown(data['responses'])} gives one. Data with several would be right, or algo=sft."
-        )
-    elif "pairs" in asked and data["pairs"] is None and given != 2:
-        problems.append(
-            f"algo={algorithm} compares two responses; data={data['name']} gives {given}. Choose "
-            "data.pairs=best_random, best_worst or all (each response is scored once), or data.responses=2."
-        )
-    if "pairs" in asked and reward == "smoothed":
-        problems.append(
-            f"algo={algorithm} reward=smoothed: {algorithm} sees only which response is preferred. Its own smoothing "
-            "is algo=cdpo or algo=robust_dpo."
-        )
-    if "policy_tokens" in asked and "pairs" not in asked and "rewards" not in asked and data["responses"] != 1:
-        problems.append(
-            f"algo={algorithm} learns one response of each prompt; data.responses={config.shown(data['responses'])}. "
-            "data.responses=1 keeps the best."
-        )
-    if algorithm == "exo" and reward == "hard":
-        problems.append(
-            "algo=exo reward=hard: a label of 0 makes the reverse KL infinite. Use reward=smoothed, as EXO-pref does."
-        )
-    return problems
-
-
-def _meaningless_settings(sections: Mapping[str, Any], tree: Tree) -> list[str]:
-    """Combinations of machine, model and method that cannot run."""
-    launch, engine, adapter = sections["launch"], sections["engine"], sections["adapter"]
-    problems: list[str] = []
-    if engine.name == "torch" and launch.devices is not None and launch.devices > 1:
-        problems.append(
-            f"engine=torch launch.devices={launch.devices}: plain PyTorch runs in one process. "
-            "Use engine=zero0, zero1, zero2, zero3, or auto for the lowest of them that fits."
-        )
-    if engine.name == "zero0" and engine.precision == "bf16":
-        problems.append(
-            "engine=zero0 engine.precision=bf16: DeepSpeed's stage 0 has no fp32 sums of bfloat16 gradients. "
-            "Use engine=zero1, or engine.precision=fp32."
-        )
-    if adapter.bits is not None and engine.name == "zero3":
-        problems.append("adapter=qlora engine=zero3: 4-bit weights cannot be partitioned. Use engine=zero2.")
-    if tree["reference"]["name"] == "adapter" and adapter.rank is None:
-        problems.append(
-            "reference=adapter switches adapters off; there are none. Use adapter=lora or reference=cached."
-        )
-    if (adapter.rank is None) != (adapter.scale is None) or (adapter.rank is None) != (adapter.targets is None):
-        problems.append("adapter: rank, scale and targets belong together; adapter=lora sets them.")
-    if len(sections["optimizer"].betas) != 2:
-        problems.append(f"optimizer.betas={sections['optimizer'].betas}: two numbers would be right.")
-    elif any(beta == 1 for beta in sections["optimizer"].betas):
-        problems.append(f"optimizer.betas={sections['optimizer'].betas}: a decay of 1 never forgets; below 1 is right.")
-    reference = tree["reference"]
-    if reference["name"] != "frozen" and reference.get("path") is not None:
-        problems.append(
-            f"reference={reference['name']} reference.path={reference['path']}: its weights are the policy's own. "
-            "reference=frozen takes other weights."
-        )
-    if sections["data"].path is None:
-        problems.append(
-            f"data.path=null: data={sections['data'].name} has no rows of its own; a file, folder or hub id is right."
-        )
-    if "world" in (tree["model"]["path"], tree["data"]["path"]) and tree.get("world") is None:
-        problems.append("data=toy comes from the embedded world, which model=tiny brings; add world=addition.")
-    return problems
 
 
 def needs_gpu(experiment: Experiment) -> list[str]:
@@ -499,6 +641,9 @@ def sizes(experiment: Experiment) -> dict[str, float]:
     """Mean sizes of the data as its YAML states them: prompts, tokens of a prompt and of a response, K."""
     data = experiment.data
     expected = data.expected or {}
+    if isinstance(experiment.source, FromPolicy):  # a response has at most so many tokens
+        drawn = {"responses": experiment.source.samples, "response_tokens": experiment.source.max_new_tokens}
+        return {**expected, **{name: float(value) for name, value in drawn.items()}}
     kept = data.responses or expected.get("responses", 2)
     if experiment.pairwise and data.pairs in ("best_random", "best_worst"):
         kept = 2
@@ -530,6 +675,11 @@ def _node(experiment: Experiment) -> int:
     return torch.cuda.device_count() or 8
 
 
+def shape_of(experiment: Experiment) -> memory.Shape:
+    """The sizes of the network that trains."""
+    return memory.shape(experiment.model, experiment.adapter, scores=experiment.scalar == "scores")
+
+
 def terms(experiment: Experiment, shape: memory.Shape) -> dict[str, float]:
     """Bytes on one device, by term (`align_cli.memory`)."""
     size = sizes(experiment)
@@ -546,6 +696,8 @@ def terms(experiment: Experiment, shape: memory.Shape) -> dict[str, float]:
         node=_node(experiment),
         response_share=share,
         plain_head=experiment.model.head == "plain",
+        scores=experiment.scalar == "scores",
+        rater=isinstance(experiment.scorer, FromModel),
         frozen_reference=experiment.frozen_reference,
         frozen_bits=experiment.adapter.bits,
     )
@@ -558,16 +710,36 @@ def column_makers(experiment: Experiment) -> dict[str, str]:
         "rewards": f"reward={tree['reward']['name']}",
         "pairs": f"strict preferences of the rewards (data.pairs={tree['data']['pairs']})",
         "reference": f"reference={tree['reference']['name']}",
+        "reference_tokens": f"reference={tree['reference']['name']}",
+        "token_rewards": f"kl={(tree.get('kl') or {}).get('name')} on rewards",
+        "raw_advantages": f"advantage={(tree.get('advantage') or {}).get('name')}",
+        "advantages": "the step's mean and deviation" if experiment.whiten else "as they are",
+        "returns": "raw advantages and old values",
+        "target": f"target={(tree.get('target') or {}).get('name')}",
+        "lambdas": "fitted before the first step, on samples of the starting model",
+        "log_z": f"mean over all samples so far ({experiment.normaliser})",
         "mismatch_kl": f"policy and reference={tree['reference']['name']} on mismatched prompts and responses",
     }
     asked = columns.asked(experiment.loss)
-    table = {name: "the policy, with gradient" for name in asked if name in columns.POLICY}
-    table |= {name: f"data={tree['data']['name']}" for name in ("ratings", "lengths", "mask") if name in asked}
-    if "rewards" in experiment.made:
-        table["ratings"] = f"data={tree['data']['name']}"
+    own = {"scores": "the reward model, with gradient", "values": "the policy's critic, with gradient"}
+    table = {name: own.get(name, "the policy, with gradient") for name in asked if name in columns.POLICY}
+    sampled = isinstance(experiment.source, FromPolicy)
+    table |= {name: f"data={tree['data']['name']}" for name in ("lengths", "mask") if name in asked}
+    table |= {name: "the sampler" for name in ("behavior", "behavior_tokens") if name in asked}
+    table |= {"old_values": "the critic before the first update"} if "old_values" in asked else {}
+    if experiment.contrast is not None:
+        table["baselines"] = f"{experiment.contrast.responses} responses of the starting model"
+    if "ratings" in asked or "rewards" in experiment.made or "target" in experiment.made:
+        scorer = f"scorer={tree['scorer']['name']}" if tree.get("scorer") else "the first feature"
+        table["ratings"] = scorer if sampled else f"data={tree['data']['name']}"
+    if experiment.moments is not None:
+        scorers = (tree["target"]["features"][name]["scorer"] for name in experiment.moments.features)
+        table["features"] = ", ".join(f"scorer {name}" for name in scorers)
     return table | {name: makers[name] for name in experiment.made}
 
 
 def producers(experiment: Experiment) -> dict[str, Loss]:
     """The functions that make columns out of columns, by the column's name."""
-    return {"rewards": experiment.reward, "pairs": strict_pairs}
+    found = {"rewards": experiment.reward, "pairs": strict_pairs, "returns": advantages.returns}
+    found |= {} if experiment.target is None else {"target": experiment.target}
+    return found if experiment.advantage is None else {**found, "raw_advantages": experiment.advantage}

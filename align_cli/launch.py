@@ -340,16 +340,31 @@ def conclude(run_dir: Path) -> None:
     terminal.result(f"model in {run_dir / 'model'}; next: align show {run_dir}")
 
 
+FIGURES = {
+    "alignment": "mean rating of samples",
+    "exact_match": "held-out exact match",
+    "reward": "held-out mean reward",
+}  # figure with an interval -> what it is called
+
+
 def result_lines(summary: dict[str, rundir.Scalar]) -> list[str]:
     """What a person wants to know of a finished run."""
-    lines = [f"loss {summary['loss/first']:.4f} -> {summary['loss/last']:.4f} in {summary['steps']} steps"]
-    for name, text in (("exact_match", "held-out exact match"), ("reward", "held-out mean reward")):
+    sampled = "eval/after/alignment" in summary  # the value of a loss on samples means nothing
+    lines = (
+        []
+        if sampled
+        else [f"loss {summary['loss/first']:.4f} -> {summary['loss/last']:.4f} in {summary['steps']} steps"]
+    )
+    for name, text in FIGURES.items():
         keys = [f"eval/{when}/{name}{end}" for when in ("before", "after") for end in ("", "_low", "_high")]
         if all(key in summary for key in keys):
             before, b_low, b_high, after, a_low, a_high = (float(str(summary[key])) for key in keys)
             lines.append(
                 f"{text}: {before:.3f} [{b_low:.3f}, {b_high:.3f}] -> {after:.3f} [{a_low:.3f}, {a_high:.3f}]  (95 %)"
             )
+    if sampled:
+        kl = float(str(summary["eval/after/rollout/kl"]))
+        lines.append(f"{kl:.2f} nats of KL to the start, after {summary['steps']} steps")
     if "displacement/chosen" in summary:
         lines.append(
             f"chosen responses on held-out prompts moved by {float(str(summary['displacement/chosen'])):+.2f} nats; "

@@ -264,9 +264,17 @@ class Frozen:
         self.network = network
         self.manner = manner
 
-    @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
-        return measure(self.network, batch, self.manner)["policy"]
+        return self.measure(batch)["policy"]
+
+    def tokens(self, batch: MicroBatch) -> Tensor:
+        """The column `reference_tokens`."""
+        return self.measure(batch)["policy_tokens"]
+
+    @torch.no_grad()
+    def measure(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """As `align_cli.models.causal.measure`."""
+        return measure(self.network, batch, self.manner)
 
 
 class AdapterOff:
@@ -275,10 +283,18 @@ class AdapterOff:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
+        return self.measure(batch)["policy"]
+
+    def tokens(self, batch: MicroBatch) -> Tensor:
+        """The column `reference_tokens`."""
+        return self.measure(batch)["policy_tokens"]
+
+    @torch.no_grad()
+    def measure(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """As `align_cli.models.causal.measure`."""
         with switched_off(self.engine.network):
-            return self.engine.measure(batch)["policy"]
+            return self.engine.measure(batch)
 
 
 class MismatchKL:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from align_cli import assembly, cache, config, distributed, evaluate, paths, rundir, terminal, world
-from align_cli.assembly import Prepared, build_engine, build_methods
+from align_cli import assembly, cache, config, distributed, evaluate, paths, rundir, terminal, tilt, world
+from align_cli.assembly import Prepared, build_engine, build_methods, build_source
 from align_cli.checkpoints import Checkpoint, Checkpoints
 from align_cli.data import toy
 from align_cli.data.store import Store
@@ -23,11 +24,14 @@ from align_cli.engine import Engine
 from align_cli.errors import RunError, Stopped, UserError
 from align_cli.experiment import Experiment, read
 from align_cli.models.causal import load_tokenizer, read_architecture
+from align_cli.models.scalar import classifier, is_reward_model
 from align_cli.precision import Arithmetic, choose
+from align_cli.raters import FromModel
 from align_cli.references import Cached, Say, rows, weights_digest
 from align_cli.rundir import Scalar
+from align_cli.sources import Dataset, FromDataset, FromPolicy, Rollout
 from align_cli.tracking import Silent, Tracker
-from align_cli.train import Method, Progress, evaluate_loss, stop_signals, total_steps, train
+from align_cli.train import Method, Progress, evaluate_loss, evaluate_samples, stop_signals, total_steps, train
 from align_cli.world import World
 
 
@@ -84,6 +88,8 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
                 f"reference.path={experiment.reference.path}: its tokenizer has other tokens than "
                 f"model.path={experiment.model.path}; log-probabilities of the same token ids would not compare."
             )
+    if isinstance(experiment.scorer, FromModel):
+        _refuse_rater(experiment, experiment.scorer.path, tokenizer)
     store, held_out = prepare_data(
         experiment.data,
         tokenizer,
@@ -97,9 +103,35 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
     return Prepared(experiment, tokenizer, store, held_out, problems)
 
 
+def _refuse_rater(experiment: Experiment, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a folder that holds no reward model, or one that reads other tokens than the policy writes."""
+    model = replace(experiment.model, path=path, revision=None)
+    try:
+        architecture = read_architecture(model)
+        if not is_reward_model(architecture):
+            holds = ", ".join(architecture.architectures or ()) or architecture.model_type
+            raise UserError(f"it holds {holds}, no reward model. algo=bradley_terry makes one of a language model.")
+        classifier(architecture, path)
+        other = load_tokenizer(model)
+    except UserError as error:
+        raise UserError(f"scorer.path={path}: {error}") from error
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"scorer.path={path}: its tokenizer has other tokens than model.path={experiment.model.path}; the policy's "
+            "token ids would mean something else to it. A reward model of the policy's family would be right."
+        )
+    if other.chat_template and tokenizer.chat_template and other.chat_template != tokenizer.chat_template:
+        raise UserError(
+            f"scorer.path={path}: its chat template is another than that of model.path={experiment.model.path}; it "
+            "would read conversations that it was not trained on. A reward model of the same template would be right."
+        )
+
+
 def _refuse_unfit(experiment: Experiment, store: Store, held_out: Store) -> None:
     """Refuse data that the algorithm learns nothing from, or that the model has no positions for."""
-    if "rewards" in experiment.made and "mismatch_kl" not in experiment.made and store.responses.max() < 2:
+    source = experiment.source
+    compares = "rewards" in experiment.made and "mismatch_kl" not in experiment.made
+    if isinstance(source, FromDataset) and compares and store.responses.max() < 2:
         raise UserError(
             f"algo={experiment.algorithm} compares the responses of a prompt; {experiment.data.path} has one for each. "
             "algo=sft learns from one."
@@ -113,6 +145,14 @@ def _refuse_unfit(experiment: Experiment, store: Store, held_out: Store) -> None
         )
     positions = [told[name] for name in ("max_position_embeddings", "n_positions") if isinstance(told.get(name), int)]
     longest = max(int(part.longest.max()) for part in (store, held_out) if len(part))
+    if isinstance(source, FromPolicy):
+        prompt = max(int(part.prompt_tokens.max()) for part in (store, held_out) if len(part))
+        if positions and prompt + source.max_new_tokens > positions[0]:
+            raise UserError(
+                f"source.max_new_tokens={source.max_new_tokens}: a prompt of {prompt} tokens and it exceed the "
+                f"{positions[0]} positions of model.path={experiment.model.path}."
+            )
+        return
     if positions and longest > positions[0]:
         raise UserError(
             f"data.max_length={experiment.data.max_length}: a prompt with its response has {longest} tokens; "
@@ -180,25 +220,33 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
         _refuse_changes(latest, progress, inputs)
     progress.inputs, progress.precision = inputs, asdict(precision)
     _introduce(prepared, engine, run_dir, progress)
-    method, evaluation, cached = build_methods(prepared, engine, device, inputs["weights"])
+    source = build_source(prepared, engine, inputs["weights"])
+    if latest is None:
+        progress.columns = assembly.learn_first(prepared, source)
+    method, evaluation, cached = build_methods(prepared, engine, device, inputs["weights"], progress.columns)
+
+    def evaluated() -> dict[str, float]:
+        return _held_out(prepared, engine, evaluation, source)
+
     with stop_signals() as stop:
         if latest is None:
-            progress.before = _evaluate(prepared, engine, evaluation)[0]
+            progress.before = evaluated() | _judged(prepared, engine)[0]
         else:
             engine.load(latest.folder)
         with _tracker(prepared, run_dir, progress) as tracker:
             train(
                 engine,
                 method,
-                evaluation,
+                evaluated,
+                source,
                 prepared.train,
-                prepared.held_out,
                 progress=progress,
                 checkpoints=checkpoints,
                 tracker=tracker,
                 stop=stop,
             )
-            after, samples = _evaluate(prepared, engine, evaluation)
+            figures, samples = _judged(prepared, engine)
+            after = evaluated() | figures
             _export(prepared, engine, run_dir / "model")
             summary = _summary(progress, after, cached, device)
             if distributed.rank() == 0:
@@ -275,12 +323,19 @@ def _refuse_changes(latest: Checkpoint, progress: Progress, inputs: dict[str, st
         )
 
 
-def _evaluate(prepared: Prepared, engine: Engine, method: Method) -> tuple[dict[str, float], str]:
-    """Held-out loss and metrics, and what a program makes of sampled responses where the data brings one."""
+def _held_out(prepared: Prepared, engine: Engine, method: Method, source: Dataset | Rollout) -> dict[str, float]:
+    """Loss and metrics on held-out responses, or what the policy's own responses to held-out prompts are like."""
+    if isinstance(source, Rollout):
+        return evaluate_samples(engine, method, source.sampler, prepared.held_out)
+    return evaluate_loss(engine, method, prepared.held_out)
+
+
+def _judged(prepared: Prepared, engine: Engine) -> tuple[dict[str, float], str]:
+    """What a program makes of sampled responses where the data brings one, and some of them."""
     experiment = prepared.experiment
-    figures = evaluate_loss(engine, method, prepared.held_out)
-    if prepared.problems is None or experiment.world is None or experiment.eval.prompts == 0:
-        return figures, "[]\n"
+    writes = experiment.scalar != "scores"  # a reward model does not
+    if prepared.problems is None or experiment.world is None or experiment.eval.prompts == 0 or not writes:
+        return {}, "[]\n"
     rows = [json.loads(line) for line in prepared.problems.read_text(encoding="utf-8").splitlines()]
     # Under ZeRO-3 every forward pass is a collective, so all ranks sample, and sample the same.
     judged = evaluate.exact_match(
@@ -294,7 +349,7 @@ def _evaluate(prepared: Prepared, engine: Engine, method: Method) -> tuple[dict[
         seed=experiment.run.seed,
         examples=8,
     )
-    return figures | judged.figures, json.dumps([asdict(example) for example in judged.examples], indent=1) + "\n"
+    return judged.figures, json.dumps([asdict(example) for example in judged.examples], indent=1) + "\n"
 
 
 def _tracker(prepared: Prepared, run_dir: Path, progress: Progress) -> Silent:
@@ -321,9 +376,12 @@ def _introduce(prepared: Prepared, engine: Engine, run_dir: Path, progress: Prog
     going = f"goes on after step {progress.step}" if progress.step else "starts"
     prompts = min(experiment.train.prompts, len(store))
     tokens = float((store.prompt_tokens + store.response_tokens).mean()) * prompts
+    size = f"{tokens:,.0f} tokens"
+    if isinstance(experiment.source, FromPolicy):
+        size = f"{experiment.source.samples} responses sampled for each"
     terminal.say(
-        f"{of} optimizer steps of {prompts} prompts ({tokens:,.0f} tokens, at most "
-        f"{experiment.engine.micro_tokens:,} at a time), {len(store)} prompts in all; {going}; output in {run_dir}"
+        f"{of} optimizer steps of {prompts} prompts ({size}, at most {experiment.engine.micro_tokens:,} tokens at a "
+        f"time), {len(store)} prompts in all; {going}; output in {run_dir}"
     )
 
 
@@ -353,9 +411,12 @@ def _summary(
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else math.nan,
         "peak_memory_gb": peak / 1e9,
     }
+    summary |= {f"seconds/{name}": value for name, value in progress.spent.items()}
     summary |= {f"eval/before/{name}": value for name, value in progress.before.items()}
     summary |= {f"eval/after/{name}": value for name, value in after.items()}
-    summary |= {name: value for name, value in after.items() if name.startswith("displacement/")}
+    summary |= {name: value for name, value in after.items() if name.startswith(("displacement/", "divergence/"))}
+    if "lambdas" in progress.columns:
+        summary |= tilt.summary(progress.columns["lambdas"])
     if cached is not None:
         summary |= cached.counters()
     return summary

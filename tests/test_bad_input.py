@@ -224,7 +224,7 @@ OTHER_COMMANDS = {
     "data show index=-1": ("index=-1", "from 0 on"),
     "data show index=x": ("index=x", "from 0 on"),
     "data show run=null": ("run=null", "a section with keys"),
-    "train -m algo=nca,dppo": ("algo=dppo: no such choice", "'dpo'"),
+    "train -m algo=nca,dpoo": ("algo=dpoo: no such choice", "'dpo'"),
     "train -m algo.alpha=1,x": ("algo.alpha=x", "valid number"),
     "train -m algo.alpha=1,1": ("same values",),
     "train -m algo.alpha=interval(0,1)": ("algo.alpha=interval(0,1)", "choice(...) or range(...)"),

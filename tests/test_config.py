@@ -22,6 +22,8 @@ REASONS = {
     "compares two responses": ["data.pairs=best_random"],
     "compares the responses of a prompt": ["data.responses=4"],
     "comes from the embedded world": ["world=addition"],
+    "scorer.pattern has to be given": ["scorer.pattern=x"],
+    "nothing says how good a sampled response is": ["scorer=compiles"],
 }
 
 
@@ -31,7 +33,7 @@ def compose(*chosen: str) -> config.Tree:
 
 
 def reads_or_says_why(*chosen: str) -> None:
-    """The choice passes the check, or is refused for one stated reason whose remedy passes it."""
+    """The choice passes the check, or is refused for stated reasons whose remedies pass it."""
     more = [given for choice in chosen for given in GIVEN.get(choice.partition("=")[2], [])]
     given = [*chosen, *more, "run.dir=run"]
     for _ in REASONS:
@@ -39,8 +41,11 @@ def reads_or_says_why(*chosen: str) -> None:
             read(given)
             return
         except UserError as error:
-            (remedy,) = (remedy for reason, remedy in REASONS.items() if reason in str(error))
-            given = [*given, *remedy]
+            told = str(error).splitlines()
+            remedies = [remedy for line in told for reason, remedy in REASONS.items() if reason in line]
+            if len(remedies) != len(told):
+                raise
+            given = [*given, *(override for remedy in remedies for override in remedy)]
     read(given)
 
 
@@ -136,7 +141,7 @@ def mine(policy: Tensor, reference: Tensor, pairs: Tensor, *, gamma: Positive) -
     margins = gamma * (policy - reference)
     return -(pairs * logsigmoid(margins[..., :, None] - margins[..., None, :])).sum((-2, -1))
 
-def greedy(policy: Tensor, advantages: Tensor) -> Tensor:
+def greedy(policy: Tensor, novelty: Tensor) -> Tensor:
     return -policy * advantages
 """
 ROWS = """
@@ -192,7 +197,7 @@ def test_options_of_one_s_own_algorithm_are_checked(plugin: str, capsys: pytest.
         assert align("train", "--plugin", plugin, "algo=mine", wrong, "data.pairs=best_worst") == 2
         assert words in capsys.readouterr().err
     assert align("train", "--plugin", plugin, "algo=greedy") == 2
-    assert "algo=greedy: nothing provides the column 'advantages'" in capsys.readouterr().err
+    assert "algo=greedy: nothing provides the column 'novelty'" in capsys.readouterr().err
 
 
 def test_only_the_command_line_names_a_package(

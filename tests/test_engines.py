@@ -33,6 +33,9 @@ METHODS = {
     "sft": ["algo=sft"],
     "repeated": ["algo=dpo"],  # on pairs that share prompts and responses
     "wide": ["engine.logits_mb=1"],  # a tied head whose logits go in chunks
+    "scores": ["algo=bradley_terry", "data.pairs=all"],  # a reward model
+    "scores_lora": ["algo=bradley_terry", "data.pairs=all", "adapter=lora"],
+    "rated": ["algo=ppo", "source.samples=2", "source.max_new_tokens=6", "scorer=model"],  # with a critic, by "scores"
 }
 WIDE = 8192  # tokens of its vocabulary; a megabyte of float32 holds the logits of 30 states
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -53,6 +56,9 @@ RUNS = {
     "zero3-repeated-cut": ("repeated", ["engine=zero3", "engine.micro_tokens=60"]),
     **{f"{stage}-wide": ("wide", [f"engine={stage}"]) for stage in ("zero1", "zero3")},
     "zero3-wide-cut": ("wide", ["engine=zero3", "engine.micro_tokens=200"]),
+    **{f"zero3-{method}": (method, ["engine=zero3"]) for method in ("scores", "scores_lora", "rated")},
+    "zero3-scores-cut": ("scores", ["engine=zero3", "engine.micro_tokens=60"]),
+    "zero1-rated": ("rated", ["engine=zero1"]),
     "zero2-unclipped": ("unclipped", ["engine=zero2"]),
     "zero3-frozen": ("nca", ["engine=zero3", "reference=frozen"]),
     "zero1-frozen": ("nca", ["engine=zero1", "reference=frozen"]),
@@ -61,12 +67,13 @@ RUNS = {
 }
 ROUNDED = {f"{stage}-bf16": ("nca", [f"engine={stage}", "engine.precision=bf16"]) for stage in ("zero1", "zero3")}
 # Rounding decides what counts as "down" or "accurate" before anything has moved: shares are not compared.
-EVALUATED = r"eval/.*/(loss|logps|displacement/chosen|displacement/rejected|rewards/margins)"
+EVALUATED = r"eval/.*/(loss|rollout/score|logps|displacement/chosen|displacement/rejected|rewards/margins)"
 
 
 def given(model: Path, rows: Path, run_dir: Path, method: str, *more: str) -> list[str]:
     """The command line of one of `METHODS`."""
-    settings = [s for s in SETTINGS if not (method == "sft" and s.startswith("algo."))]
+    without = ("sft", "scores", "scores_lora", "rated")  # a β
+    settings = [s for s in SETTINGS if not (method in without and s.startswith("algo."))]
     return overrides(model, rows, run_dir, *METHODS[method], *settings, *more)
 
 
@@ -132,13 +139,15 @@ def test_two_ranks_compute_what_one_process_computes(
 ) -> None:
     read_from = {"repeated": (tiny_model, repeating_file), "wide": (wide_model, ragged_file)}
     ordinary = (tiny_model, ragged_file)
+    rater = {"rated": [f"scorer.path={tmp_path / 'one' / 'scores' / 'model'}"]}
     for method in METHODS:
-        one = given(*read_from.get(method, ordinary), tmp_path / "one" / method, method, "launch.devices=1")
+        more = ("launch.devices=1", *rater.get(method, []))
+        one = given(*read_from.get(method, ordinary), tmp_path / "one" / method, method, *more)
         assert align("train", *one) == 0
     for name, (method, engine) in {**RUNS, **ROUNDED}.items():
         (tmp_path / name).mkdir()
         model, rows = read_from.get(method, ordinary)
-        two = given(model, rows, tmp_path / name, method, *engine, "launch.devices=2")
+        two = given(model, rows, tmp_path / name, method, *engine, *rater.get(method, []), "launch.devices=2")
         rundir.write_config(tmp_path / name, config.compose("train", two))
     together(tmp_path, [tmp_path / name for name in {**RUNS, **ROUNDED}])
 

@@ -60,7 +60,7 @@ class Stepped:
         prepared = run.prepare(experiment, lambda text: None)
         self.store: Store = prepared.train
         self.engine: Any = assembly.build_engine(experiment, device)
-        method, _, _ = assembly.build_methods(prepared, self.engine, device, "of these weights")
+        method, _, _ = assembly.build_methods(prepared, self.engine, device, "of these weights", {})
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for weight in self.engine.network.parameters():
@@ -78,13 +78,15 @@ class Stepped:
             budget=experiment.engine.micro_tokens,
         )
         # KTO's mismatched pairs follow the order of the step, which is another where pairs are not grouped.
-        step = replace(step, groups=tuple(sorted(step.groups)))
+        whole = replace(step.minibatches[0], groups=tuple(sorted(step.groups)))
+        step = replace(step, minibatches=(whole,))
         self.groups = step.groups
-        self.parts = len(step.parts)
+        self.parts = len(whole.parts)
         self.tokens = 0
         block = self.engine.network.get_decoder().layers[0]
         hook = block.register_forward_pre_hook(self._count)
-        self.meter: Meter = run_step(self.engine, method, self.store, step, logged=True)
+        self.engine.step = lambda lr: torch.zeros(())  # the gradient is looked at, and stays
+        self.meter: Meter = run_step(self.engine, method, step, 0.0, logged=True)[0]
         hook.remove()
 
     def _count(self, block: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:

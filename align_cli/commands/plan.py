@@ -75,7 +75,7 @@ def report_memory(checked: Experiment, console: Console) -> bool:
     if checked.model.path == "world":
         console.print("memory: the embedded world's model is made on first use; it needs less than 2 GB")
         return True
-    shape = memory.shape(checked.model, checked.adapter)
+    shape = experiment.shape_of(checked)
     there, source = experiment.room(checked)
     found = experiment.terms(checked, shape)
     total = sum(found.values())
@@ -117,7 +117,8 @@ def remedies(checked: Experiment, shape: memory.Shape, there: float) -> list[tup
     found = {change: _needed(other, shape) for change, other in tried.items()}
     if checked.adapter.rank is None:
         lora = replace(checked.adapter, name="lora", rank=16, scale=16.0, targets="all-linear")
-        found["adapter=lora"] = _needed(replace(checked, adapter=lora), memory.shape(checked.model, lora))
+        adapted = replace(checked, adapter=lora)
+        found["adapter=lora"] = _needed(adapted, experiment.shape_of(adapted))
     light = replace(engine, name=strongest, gradient_checkpointing=True)
     for power in range(11):
         spread = replace(checked, engine=light, launch=replace(launch, devices=2**power), choice=None)

@@ -27,12 +27,41 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Step:
-    """The groups of one optimizer step, over all ranks, and this rank's micro-batches."""
+class Minibatch:
+    """What the weights are updated from at a time: groups over all ranks, and this rank's micro-batches.
 
-    number: int
+    Attributes:
+        response_tokens: of all responses of all groups.
+    """
+
     groups: tuple[int, ...]
     parts: tuple[Part, ...]
+    response_tokens: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the source gives at a time.
+
+    Attributes:
+        minibatches: disjoint.
+        order: the updates of the weights, as numbers of minibatches; samples may be learned from more than once.
+        store: what groups and parts are indices into.
+        tokens: of all groups; a group's prompt counts once.
+        seconds: what making it took, by kind of work.
+    """
+
+    number: int
+    minibatches: tuple[Minibatch, ...]
+    order: tuple[int, ...]
+    store: "Groups"
+    tokens: int
+    seconds: dict[str, float]
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Of all minibatches."""
+        return tuple(index for minibatch in self.minibatches for index in minibatch.groups)
 
 
 @lru_cache(maxsize=2)
@@ -60,6 +89,13 @@ def members(store: Store, step: int, *, prompts: int, seed: int, together: bool)
     epoch, position = divmod(step - 1, steps_per_epoch(len(store), prompts))
     shuffled = order(store, seed=seed, epoch=epoch, together=together)
     return shuffled[position * prompts : (position + 1) * prompts]
+
+
+class Groups(Protocol):
+    """Groups by their index; a `Store` and a list are some."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Group: ...
 
 
 class Lengths(Protocol):
@@ -196,7 +232,9 @@ def steps(
     for number in range(first, last + 1):
         groups = members(store, number, prompts=prompts, seed=seed, together=together).tolist()
         parts = split(groups, lengths, ranks=ranks, budget=budget)
-        yield Step(number, tuple(groups), tuple(parts[rank]))
+        responses = int(store.response_tokens[groups].sum())
+        tokens = int(store.prompt_tokens[groups].sum()) + responses
+        yield Step(number, (Minibatch(tuple(groups), tuple(parts[rank]), responses),), (0,), store, tokens, {})
 
 
 @dataclass(frozen=True)
@@ -379,6 +417,9 @@ class MicroBatch:
         member: (B, K) which of the U responses it is.
         ratings: (B, K).
         lengths: (B, K) tokens of each response.
+        given: further columns of the source, by their names.
+        behavior: (B, K, T) log-probabilities of the tokens of sampled responses where they were sampled, nats, 0 beyond
+            a response's end; None for others.
         groups: the B groups themselves.
         counted: False for a part that only keeps step with other ranks.
     """
@@ -393,6 +434,8 @@ class MicroBatch:
     member: Tensor
     ratings: Tensor
     lengths: Tensor
+    given: dict[str, Tensor]
+    behavior: Tensor | None
     groups: tuple[Group, ...]
     counted: bool = True
 
@@ -413,7 +456,8 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Layout)}
-        return MicroBatch(**{**vars(self), **moved})
+        given = {name: value.to(device) for name, value in self.given.items()}
+        return MicroBatch(**{**vars(self), **moved, "given": given})
 
 
 def flatten(groups: Sequence[Group], *, share: bool = True, counted: bool = True) -> MicroBatch:
@@ -469,6 +513,20 @@ def flatten(groups: Sequence[Group], *, share: bool = True, counted: bool = True
         member=torch.tensor(member),
         ratings=torch.from_numpy(np.stack([group.ratings for group in groups]).astype(np.float32)),
         lengths=torch.from_numpy(lengths)[torch.tensor(member)],
+        given={name: torch.from_numpy(np.stack([group.given[name] for group in groups])) for name in groups[0].given},
+        behavior=_behavior(groups),
         groups=tuple(groups),
         counted=counted,
     )
+
+
+def _behavior(groups: Sequence[Group]) -> Tensor | None:
+    known = [group.behavior for group in groups if group.behavior is not None]
+    if len(known) < len(groups):
+        return None
+    longest = max(len(tokens) for responses in known for tokens in responses)
+    padded = np.zeros((len(known), len(known[0]), longest), dtype=np.float32)
+    for b, responses in enumerate(known):
+        for k, tokens in enumerate(responses):
+            padded[b, k, : len(tokens)] = tokens
+    return torch.from_numpy(padded)

@@ -23,8 +23,8 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -55,6 +55,9 @@ class Group:
         responses: K arrays (T_k,) int32, the stop token last.
         ratings: (K,) float32, larger is better.
         where: the row it came from.
+        behavior: K arrays (T_k,) float64, the log-probability of each response token under the distribution that it
+            was sampled from, nats; None where that is not known.
+        given: further columns of the source about this group, by their names.
     """
 
     index: int
@@ -62,6 +65,8 @@ class Group:
     responses: tuple[NDArray[np.int32], ...]
     ratings: NDArray[np.float32]
     where: str
+    behavior: tuple[NDArray[np.float64], ...] | None = None
+    given: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class Store:

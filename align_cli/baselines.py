@@ -1,0 +1,98 @@
+"""Ratings of the starting model's own responses, which `reward=contrastive` holds a response against.
+
+They are drawn and rated once for each prompt, before the first update, and kept on disk under a name made of all that
+decides them, so that a resumed run, and another run from the same start, find them.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align_cli import distributed
+from align_cli.data.store import Group
+from align_cli.references import Say
+from align_cli.sources import Sampler
+
+NUMBER = 2**31 - 1  # takes the place of a step's number in seeds
+
+Ratings = NDArray[np.float32]
+
+
+class Baselines:
+    """The column `baselines`, as the source gives it.
+
+    Args:
+        found: (N,) ratings by the name of a prompt.
+    """
+
+    def __init__(self, found: Mapping[str, Ratings]) -> None:
+        self.found = found
+
+    def __call__(self, prompts: Sequence[Group], number: int) -> list[Ratings]:
+        return [self.found[name_of(group)] for group in prompts]
+
+
+def name_of(group: Group) -> str:
+    """Of a prompt, by its tokens."""
+    return hashlib.blake2b(group.prompt.tobytes(), digest_size=16).hexdigest()
+
+
+def prepare(
+    sampler: Sampler, prompts: Iterable[Group], *, responses: int, seed: int, kept: Path, origin: Any, say: Say
+) -> Baselines:
+    """The ratings of all these prompts, those that are not on disk drawn from the policy; every rank calls it.
+
+    Args:
+        sampler: of the policy as it starts.
+        prompts: of the run.
+        responses: N of each.
+        seed: of the samples.
+        kept: folder of such ratings.
+        origin: what decides the ratings beside prompt, N, seed and the sampler's options, as JSON.
+    """
+    told = {"origin": origin, "responses": responses, "seed": seed, "options": vars(sampler.options)}
+    key = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
+    path = kept / f"{key}.npz"
+    there = distributed.gather(_read(path) if distributed.rank() == 0 else {})[0]
+    wanted = {name_of(group): group for group in prompts}
+    missing = {name: group for name, group in wanted.items() if name not in there}
+    say(
+        f"{responses} baseline responses for each of {len(wanted):,} prompts: {len(wanted) - len(missing):,} found, "
+        f"{len(missing):,} to draw"
+    )
+    # A prompt's seed is its name, so that its samples do not depend on its place in the data.
+    asked = [replace(group, index=int(name[:12], 16)) for name, group in missing.items()]
+    drawn = sampler.draw(asked, (seed, NUMBER), samples=responses)
+    sampler.spent.clear()
+    found = there | {name: group.ratings for name, group in zip(missing, drawn, strict=True)}
+    if missing and distributed.rank() == 0:
+        _write(path, found)
+    return Baselines(found)
+
+
+def _read(path: Path) -> dict[str, Ratings]:
+    """What is on disk; nothing where there is no whole file."""
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as there:
+            return dict(zip(there["names"].tolist(), there["ratings"], strict=True))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: what it held is drawn again
+        return {}
+
+
+def _write(path: Path, found: Mapping[str, Ratings]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with partial.open("wb") as file:
+        np.savez(file, names=np.array(list(found)), ratings=np.stack(list(found.values())))
+    partial.replace(path)

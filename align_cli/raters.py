@@ -1,0 +1,117 @@
+"""Who rates sampled responses; every rater takes groups as the source drew them.
+
+A program reads texts, a reward model the tokens themselves.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from align_cli.data.batches import Measured, split
+from align_cli.data.store import Group
+from align_cli.errors import RunError
+from align_cli.models.causal import Manner, measure
+from align_cli.ranges import NotEmpty
+
+Scorer = Callable[[str, str], float]
+"""Rates a response from the texts of prompt and response (`align_cli.scorers`)."""
+
+KEPT = "Checkpoints of earlier steps are whole."
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromModel:
+    """The `scorer` section of a run whose responses a reward model rates."""
+
+    name: Literal["model"]
+    path: NotEmpty
+
+
+class Rater(Protocol):
+    """Rates the responses of groups, whose own ratings it does not look at."""
+
+    def __call__(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
+        """(K,) of each group."""
+        ...
+
+
+class FirstFeature:
+    """Rates by the first of the features that the groups hold."""
+
+    def __call__(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
+        """(K,) of each group."""
+        return [group.given["features"][:, 0] for group in groups]
+
+
+@dataclass(frozen=True)
+class ByProgram:
+    """Rates by a function of texts, without special tokens."""
+
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
+        """(K,) of each group.
+
+        Raises:
+            RunError: the scorer failed, or gave no number.
+        """
+        return [self._of(group) for group in groups]
+
+    def _of(self, group: Group) -> NDArray[np.float32]:
+        told = [each.tolist() for each in (group.prompt, *group.responses)]
+        asked, *texts = self.tokenizer.batch_decode(told, skip_special_tokens=True)
+        return np.array([self._score(group.where, asked, text) for text in texts], dtype=np.float32)
+
+    def _score(self, where: str, asked: str, text: str) -> float:
+        try:
+            found = self.scorer(asked, text)
+        except Exception as error:  # a scorer of the user's own may fail in any way
+            raise RunError(
+                f"the scorer failed with {type(error).__name__}: {error}; on a response to {where}: {text!r}. {KEPT}"
+            ) from error
+        if not isinstance(found, int | float) or not math.isfinite(found):
+            raise RunError(f"the scorer gave {found!r}, no finite number, for a response to {where}: {text!r}. {KEPT}")
+        return float(found)
+
+
+@dataclass(frozen=True)
+class ByModel:
+    """Rates by a reward model, from the same token ids that the policy sampled.
+
+    Attributes:
+        network: the reward model, ready to be called on this rank's device.
+        manner: how it is measured.
+        budget: most tokens of a micro-batch.
+    """
+
+    network: nn.Module
+    manner: Manner
+    device: torch.device
+    budget: int
+
+    @torch.no_grad()
+    def __call__(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
+        """(K,) of each group; under ZeRO-3 every rank calls it with the same groups.
+
+        Raises:
+            RunError: a score is no number.
+        """
+        ratings: dict[int, NDArray[np.float32]] = {}
+        lengths = self.manner.lengths(Measured.of(groups))
+        parts = split(range(len(groups)), lengths, ranks=1, budget=self.budget)[0] if groups else []
+        for part in parts:
+            batch = self.manner.flatten([groups[index] for index in part.groups]).to(self.device)
+            scores = measure(self.network, batch, self.manner)["scores"].float().cpu().numpy()
+            ratings |= dict(zip(part.groups, scores, strict=True))
+        for index, scores in ratings.items():
+            if not np.isfinite(scores).all():
+                raise RunError(f"the reward model gave {scores.tolist()} for {groups[index].where}. {KEPT}")
+        return [ratings[index] for index in range(len(groups))]

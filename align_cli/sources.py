@@ -1,0 +1,243 @@
+"""Where the responses of a step come from: a dataset that holds them, or the policy, which is sampled.
+
+Both give `Step`s, so the loop does not know which it has.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from align_cli import distributed
+from align_cli.data.batches import Measured, Minibatch, Step, members, order, split, steps
+from align_cli.data.store import Group, Store
+from align_cli.engine import Engine
+from align_cli.generation import Drawn, sample, stops
+from align_cli.ranges import Count, NonNegative, Positive
+from align_cli.raters import Rater
+
+# These take the place of a step's number, which counts from 1, in seeds.
+EVALUATION = 0
+FITTING = 2**32 - 1
+
+Extra = Callable[[Sequence[Group], int], Sequence[NDArray[np.float32]]]
+"""Gives a column for each of some prompts in the step of this number, the same on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromDataset:
+    """The `source` section of a run whose data brings the responses."""
+
+    name: Literal["dataset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromPolicy:
+    """The `source` section of a run that samples its responses."""
+
+    name: Literal["rollout"]
+    samples: Count
+    temperature: Positive
+    max_new_tokens: Count
+    missing_eos_penalty: NonNegative
+    minibatches: Count
+    epochs: Count
+    sequences: Count
+
+    @property
+    def updates(self) -> int:
+        """Of the weights, from the samples of one step."""
+        return self.minibatches * self.epochs
+
+
+class Source(Protocol):
+    """Gives the steps of a run."""
+
+    def steps(self, first: int, last: int) -> Iterator[Step]:
+        """The steps `first`..`last`, counted from 1, as this rank sees them; every rank iterates alike."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Steps of a store's groups.
+
+    Attributes:
+        prompts: groups of a step.
+        seed: of their order.
+        together: whether groups of one prompt fall into one step.
+        budget: tokens of a micro-batch.
+    """
+
+    store: Store
+    engine: Engine
+    prompts: int
+    seed: int
+    together: bool
+    budget: int
+
+    def steps(self, first: int, last: int) -> Iterator[Step]:
+        return steps(
+            self.store,
+            self.engine.manner.lengths(self.store),
+            first=first,
+            last=last,
+            prompts=self.prompts,
+            seed=self.seed,
+            together=self.together,
+            rank=distributed.rank(),
+            ranks=distributed.world(),
+            budget=self.budget,
+        )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws responses from the policy as it is, and has them rated.
+
+    A response depends on (seed, index of its prompt, its own number) and on the weights alone, not on ranks and
+    batches, up to the rounding of the logits; so a run that is resumed draws what it would have drawn.
+
+    Attributes:
+        rate: rates what was drawn.
+        features: raters that give the column `features`, before `rate` is asked; a target may be made of them.
+        spent: seconds, by kind of work; whoever reads them clears them.
+    """
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    rate: Rater
+    options: FromPolicy
+    features: Sequence[Rater] = ()
+    spent: dict[str, float] = field(default_factory=dict)
+
+    def draw(
+        self, prompts: Sequence[Group], seed: Sequence[int], *, samples: int, temperature: float | None = None
+    ) -> list[Group]:
+        """The prompts with fresh responses and their ratings, in the order of `prompts`, the same on every rank.
+
+        Args:
+            prompts: whose own responses are not looked at.
+            seed: whole numbers >= 0.
+            samples: responses of each prompt.
+            temperature: None is the source's own.
+        """
+        # Under ZeRO-3 every forward pass is a collective, so all ranks sample all; elsewhere each its share.
+        ranks = 1 if self.engine.collective else distributed.world()
+        rank = distributed.rank() % ranks
+        share = prompts[rank::ranks]
+        eos_ids = stops(self.engine.network, self.tokenizer)
+        begun = time.perf_counter()
+        drawn = dict(
+            sample(
+                self.engine.network,  # pyright: ignore[reportArgumentType]  generation works through adapters as well
+                [group.prompt.tolist() for group in share],
+                responses=samples,
+                max_new_tokens=self.options.max_new_tokens,
+                temperature=self.options.temperature if temperature is None else temperature,
+                seeds=[(*seed, group.index) for group in share],
+                batch=self.options.sequences,
+                pad_id=eos_ids[0],
+                eos_ids=eos_ids,
+            )
+        )
+        sampled = time.perf_counter()
+        mine = self._rated([_group(prompt, drawn[place]) for place, prompt in enumerate(share)], set(eos_ids))
+        for name, seconds in (("rollout", sampled - begun), ("score", time.perf_counter() - sampled)):
+            self.spent[name] = self.spent.get(name, 0.0) + seconds
+        if ranks == 1:
+            return mine
+        every = distributed.gather(mine)
+        return [every[place % ranks][place // ranks] for place in range(len(prompts))]
+
+    def _rated(self, groups: list[Group], eos_ids: set[int]) -> list[Group]:
+        if self.features:
+            values = zip(*(rate(groups) for rate in self.features), strict=True)
+            columns = [{"features": np.stack(each, axis=-1)} for each in values]
+            groups = [replace(group, given=column) for group, column in zip(groups, columns, strict=True)]
+        found: list[Group] = []
+        for group, ratings in zip(groups, self.rate(groups), strict=True):
+            cut = np.array([int(response[-1]) not in eos_ids for response in group.responses], dtype=np.float32)
+            found.append(replace(group, ratings=ratings - self.options.missing_eos_penalty * cut))
+        return found
+
+
+def _group(prompt: Group, drawn: Sequence[Drawn]) -> Group:
+    """A prompt with its samples, not rated yet."""
+    return Group(
+        index=prompt.index,
+        prompt=prompt.prompt,
+        responses=tuple(np.array(each.tokens, dtype=np.int32) for each in drawn),
+        ratings=np.zeros(len(drawn), dtype=np.float32),
+        where=prompt.where,
+        behavior=tuple(np.array(each.logprobs) for each in drawn),
+    )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Steps of a store's prompts, each with responses that the policy has just been sampled for.
+
+    Attributes:
+        store: of the prompts; its own responses are not looked at.
+        extras: further columns to give, by name.
+        prompts, seed, together, budget: as for `Dataset`.
+    """
+
+    store: Store
+    sampler: Sampler
+    extras: Mapping[str, Extra]
+    prompts: int
+    seed: int
+    together: bool
+    budget: int
+
+    def steps(self, first: int, last: int) -> Iterator[Step]:
+        options = self.sampler.options
+        for number in range(first, last + 1):
+            chosen = members(self.store, number, prompts=self.prompts, seed=self.seed, together=self.together)
+            asked = [self.store[index] for index in chosen.tolist()]
+            drawn = self.sampler.draw(asked, (self.seed, number), samples=options.samples)
+            drawn = self.completed(drawn, number)
+            shuffled = np.random.default_rng((self.seed, number))
+            cut = np.array_split(shuffled.permutation(len(drawn)), min(options.minibatches, len(drawn)))
+            minibatches = tuple(self._minibatch(places, drawn) for places in cut)
+            order = [place for _ in range(options.epochs) for place in shuffled.permutation(len(minibatches)).tolist()]
+            tokens = sum(len(group.prompt) for group in drawn) + sum(part.response_tokens for part in minibatches)
+            yield Step(number, minibatches, tuple(order), drawn, tokens, self._spent())
+
+    def spread(self, responses: int, *, apiece: int) -> list[Group]:
+        """At least so many responses at temperature 1, to the first prompts in the order of the seed.
+
+        Args:
+            apiece: responses of each prompt, at least; more where the store has too few prompts.
+        """
+        each = max(apiece, -(-responses // len(self.store)))
+        chosen = order(self.store, seed=self.seed, epoch=0, together=False)[: -(-responses // each)]
+        asked = [self.store[index] for index in chosen.tolist()]
+        drawn = self.sampler.draw(asked, (self.seed, FITTING), samples=each, temperature=1.0)
+        self.sampler.spent.clear()
+        return drawn
+
+    def completed(self, drawn: list[Group], number: int) -> list[Group]:
+        """The groups with the further columns of this step."""
+        for name, make in self.extras.items():
+            values = make(drawn, number)
+            drawn = [replace(g, given={**g.given, name: value}) for g, value in zip(drawn, values, strict=True)]
+        return drawn
+
+    def _minibatch(self, places: NDArray[np.int64], drawn: Sequence[Group]) -> Minibatch:
+        groups = tuple(sorted(places.tolist()))
+        lengths = self.sampler.engine.manner.lengths(Measured.of(drawn))
+        parts = split(groups, lengths, ranks=distributed.world(), budget=self.budget)
+        tokens = sum(len(response) for place in groups for response in drawn[place].responses)
+        return Minibatch(groups, tuple(parts[distributed.rank()]), tokens)
+
+    def _spent(self) -> dict[str, float]:
+        spent = dict(self.sampler.spent)
+        self.sampler.spent.clear()
+        return spent

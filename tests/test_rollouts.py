@@ -1,0 +1,199 @@
+"""Runs that learn from their own samples: what is drawn, how it is scored, and that it does what it says."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_runs import align, build_model, largest_difference, overrides, summary, weights, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from align_cli import scorers
+from align_cli.data.batches import flatten
+from align_cli.data.store import Group
+from align_cli.errors import RunError
+from align_cli.models.causal import Manner, measure
+from align_cli.normaliser import LogZ
+from align_cli.raters import ByProgram
+from align_cli.sources import FromPolicy, Sampler
+from align_cli.tracking import read_metrics
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", responses=[2], rows=30)
+
+
+def sampler(model: Path, scorer: Any = lambda prompt, response: float(len(response)), **changed: Any) -> Sampler:
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    options = {"name": "rollout", "samples": 3, "temperature": 1.0, "max_new_tokens": 12, "sequences": 64}
+    options |= {"missing_eos_penalty": 0.0, "minibatches": 1, "epochs": 1}
+    engine: Any = SimpleNamespace(network=network, collective=False, manner=Manner(flat=False))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return Sampler(engine, tokenizer, ByProgram(scorer, tokenizer), FromPolicy(**{**options, **changed}))
+
+
+def prompts(model: Path, *texts: str) -> list[Group]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [
+        Group(
+            index=10 + place,
+            prompt=np.array(tokenizer(text)["input_ids"], dtype=np.int32),
+            responses=(),
+            ratings=np.zeros(0, dtype=np.float32),
+            where=f"rows.jsonl:{place + 1}",
+        )
+        for place, text in enumerate(texts)
+    ]
+
+
+def test_samples_depend_on_the_step_and_the_prompt_and_not_on_their_company(model: Path) -> None:
+    asked = prompts(model, "1+2=", "34+5=", "6+78=")
+    every = sampler(model).draw(asked, (5, 7), samples=3)
+    alone = [sampler(model, sequences=1).draw([each], (5, 7), samples=3)[0] for each in asked]
+    for one, other in zip(every, alone, strict=True):
+        assert [r.tolist() for r in one.responses] == [r.tolist() for r in other.responses]
+        assert one.behavior is not None and other.behavior is not None
+        for mine, theirs in zip(one.behavior, other.behavior, strict=True):
+            assert mine.tolist() == pytest.approx(theirs.tolist(), abs=1e-9)
+    later = sampler(model).draw(asked, (5, 8), samples=3)
+    assert [r.tolist() for r in later[0].responses] != [r.tolist() for r in every[0].responses]
+
+
+def test_the_behavior_is_what_training_measures(model: Path) -> None:
+    drawn = sampler(model).draw(prompts(model, "1+2=", "34+5="), (5, 1), samples=3)
+    batch = flatten(drawn)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    assert batch.behavior is not None
+    # the batch holds it in fp32
+    torch.testing.assert_close(
+        measure(network, batch, Manner(flat=False))["policy_tokens"].float(), batch.behavior, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_score_is_of_the_texts_without_special_tokens(model: Path) -> None:
+    seen: list[tuple[str, str]] = []
+    watching = sampler(model, lambda prompt, response: seen.append((prompt, response)) or 1.0)
+    drawn = watching.draw(prompts(model, "1+2="), (5, 1), samples=3)
+    assert {prompt for prompt, _ in seen} == {"1+2="}
+    assert not any("<" in response for _, response in seen)
+    assert drawn[0].ratings.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("value, told", [(math.nan, "nan"), (None, "None"), (math.inf, "inf"), ("1", "'1'")])
+def test_a_score_that_is_no_number_names_the_row(model: Path, value: Any, told: str) -> None:
+    with pytest.raises(RunError, match=rf"gave {told}, no finite number, for a response to rows\.jsonl:1"):
+        sampler(model, lambda prompt, response: value).draw(prompts(model, "1+2="), (5, 1), samples=3)
+
+
+def test_a_scorer_that_fails_names_the_row_and_its_reason(model: Path) -> None:
+    with pytest.raises(RunError, match=r"failed with ZeroDivisionError: .*; on a response to rows\.jsonl:2"):
+        failing = sampler(model, lambda prompt, response: 1 / (prompt != "3+4="))
+        failing.draw(prompts(model, "1+2=", "3+4="), (5, 1), samples=3)
+
+
+def test_scorers_of_words_patterns_and_programs() -> None:
+    assert scorers.contains("", "So it IS.", words=["is", "x"]) == 1
+    assert scorers.contains("", "This island", words=["is"]) == 0
+    assert scorers.contains("", "a (b) c", words=["(b)"]) == 1
+    assert scorers.matches("", "hmm", pattern="^hm+$") == 1
+    assert scorers.matches("", "ahmm", pattern="^hm+$") == 0
+    assert scorers.compiles("def f(x):\n", "    return x\n") == 1
+    assert scorers.compiles("def f(x):\n", "return x\n") == 0
+    assert scorers.compiles("", "\0") == 0
+    assert scorers.compiles("", "(" * 5000) == 0
+    assert scorers.right_addition("12+30=", "2+0=2 1+3=4 #42") == 1
+    assert scorers.right_addition("12+30=", "#41") == 0
+
+
+def batch_of(targets: list[list[float]], behavior: list[list[float]], prompts: list[list[int]]) -> dict[str, Any]:
+    groups = tuple(
+        Group(n, np.array(p, dtype=np.int32), (), np.zeros(0, dtype=np.float32), "here") for n, p in enumerate(prompts)
+    )
+    batch = SimpleNamespace(groups=groups, counted=True)
+    return {"batch": batch, "target": torch.tensor(targets), "behavior": torch.tensor(behavior)}
+
+
+def test_z_is_the_mean_of_all_samples_so_far() -> None:
+    shared, apart = LogZ("shared"), LogZ("prompt")
+    first = batch_of([[-1.0, -math.inf], [-2.0, -3.0]], [[-1.0, -1.0], [-1.0, -3.0]], [[1], [2]])
+    second = batch_of([[0.0, -1.0]], [[-1.0, -1.0]], [[1]])
+    for columns in (first, second):
+        shared.gather([columns])
+        apart.gather([columns])
+    ratios = [1.0, 0.0, math.exp(-1), 1.0, math.e, 1.0]
+    args = (second["batch"], second["target"], second["behavior"])
+    assert shared(*args).tolist() == pytest.approx([math.log(sum(ratios) / 6)])
+    assert apart(*args).tolist() == pytest.approx([math.log((1 + 0 + math.e + 1) / 4)])
+    again = LogZ("prompt", apart.state())
+    assert again(*args).tolist() == apart(*args).tolist()
+
+
+def test_a_prompt_whose_samples_are_all_excluded_has_z_0_and_its_state_is_json() -> None:
+    log_z = LogZ("prompt")
+    columns = batch_of([[-math.inf]], [[-1.0]], [[1]])
+    log_z.gather([columns])
+    assert log_z(columns["batch"], columns["target"], columns["behavior"]).tolist() == [-math.inf]
+    assert list(log_z.state().values()) == [[None, 1]]
+    assert list(LogZ("prompt", log_z.state()).sums.values()) == [(-math.inf, 1)]
+
+
+ONLINE = ("source=rollout", "source.samples=4", "source.max_new_tokens=6", "reference=frozen", "eval.samples=4")
+DIGIT = (
+    "algo=fdpg",
+    "scorer=matches",
+    "scorer.pattern='^[0-4]'",
+    "train.steps=25",
+    "train.prompts=8",
+    "train.lr=1e-2",
+    *ONLINE,
+)
+
+
+@pytest.mark.parametrize("divergence", ["js", "forward_kl", "tv", "reverse_kl", "hellinger"])
+def test_fdpg_moves_the_policy_towards_its_target(model: Path, rows: Path, tmp_path: Path, divergence: str) -> None:
+    soft = ["target.floor=0.01"] if divergence == "reverse_kl" else []
+    given = [*DIGIT, f"divergence={divergence}", *soft]
+    assert align("train", *overrides(model, rows, tmp_path / "run", *given)) == 0
+    found = summary(tmp_path / "run")
+    assert found["eval/after/alignment"] > found["eval/before/alignment"] + 0.1
+    assert found["eval/after/divergence/tv"] < found["eval/before/divergence/tv"]
+    assert found["divergence/js"] == found["eval/after/divergence/js"]
+    lines = read_metrics(tmp_path / "run")
+    assert {"rollout/score", "rollout/kl", "rollout/entropy", "divergence/log_z"} <= lines[-1].keys()
+
+
+@pytest.mark.parametrize("algo", ["dpo", "nca", "info_nca", "exo"])
+def test_offline_losses_learn_online(model: Path, rows: Path, tmp_path: Path, algo: str) -> None:
+    given = [f"algo={algo}", "scorer=matches", "scorer.pattern='^[0-4]'", *ONLINE, "train.steps=20", "train.prompts=8"]
+    smooth = ["reward=smoothed"] if algo == "exo" else []
+    given += [*smooth, "algo.beta=0.1", "train.lr=1e-2"]
+    assert align("train", *overrides(model, rows, tmp_path / "run", *given)) == 0
+    found = summary(tmp_path / "run")
+    assert found["eval/after/alignment"] > found["eval/before/alignment"]
+
+
+def test_a_run_that_is_stopped_draws_what_it_would_have_drawn(model: Path, rows: Path, tmp_path: Path) -> None:
+    given = [*DIGIT, "train.steps=6", "checkpoint.every=3", "target.normaliser=prompt"]
+    whole, cut = (overrides(model, rows, tmp_path / name, *given) for name in ("whole", "cut"))
+    assert align("train", *whole) == 0
+    assert align("train", *cut) == 0
+    # as if it had been killed after its third step
+    for path in ("summary.json", "checkpoints/step_00000006", "model"):
+        place = tmp_path / "cut" / path
+        if place.is_dir():
+            for file in sorted(place.rglob("*"), reverse=True):
+                file.unlink() if file.is_file() else file.rmdir()
+            place.rmdir()
+        else:
+            place.unlink()
+    assert align("train", *cut) == 0
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
