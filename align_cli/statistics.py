@@ -1,10 +1,9 @@
-"""95 % intervals of the figures that a run reports."""
+"""95 % intervals: of the figures that a run reports, and of their means and differences over runs."""
 
 import math
 from collections.abc import Sequence
+from statistics import mean, variance
 from typing import NamedTuple
-
-import torch
 
 NORMAL_97_5 = 1.959963984540054
 RESAMPLES = 2000
@@ -66,6 +65,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
     Raises:
         ValueError: no values.
     """
+    import torch  # here, so that a command which compares runs starts without it
+
     if not values:
         raise ValueError("no values to average; expected at least one.")
     observed = torch.tensor(values, dtype=torch.float64)
@@ -73,3 +74,79 @@ def mean_interval(values: Sequence[float]) -> Interval:
     drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     low, high = observed[drawn].mean(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(observed.mean().item(), low, high)
+
+
+def t_97_5(freedom: float) -> float:
+    """The t that Student's distribution exceeds on either side with a probability of 5 % together.
+
+    Args:
+        freedom: degrees of freedom, 1 or more; they may be fractional, as Welch's are.
+
+    Raises:
+        ValueError: fewer than 1, or infinitely many.
+    """
+    if not 1 <= freedom < math.inf:
+        raise ValueError(f"{freedom} degrees of freedom; expected a number of at least 1.")
+    low, high = NORMAL_97_5, 13.0  # of infinitely many degrees of freedom, and above 12.71 of one
+    while high - low > 1e-13 * low:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _two_tails(middle, freedom) > 0.05 else (low, middle)
+    return (low + high) / 2
+
+
+def _two_tails(t: float, freedom: float) -> float:
+    """P(|T| > t) = I_x(ν/2, 1/2) at x = ν / (ν + t²), by the continued fraction DLMF 8.17.22.
+
+    It converges fast where x < (ν + 2) / (ν + 5), that is for every t >= √3; the first terms are taken, as many as
+    its order √ν of convergence asks for.
+    """
+    a, b, x = freedom / 2, 0.5, freedom / (freedom + t * t)
+    fraction = 1.0
+    for m in range(50 + int(5 * math.sqrt(freedom)), 0, -1):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        fraction = 1 + even / (1 + odd / fraction)
+    fraction = 1 - (a + b) * x / (a + 1) / fraction
+    beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    return math.exp(a * math.log(x) + b * math.log1p(-x) - beta) / (a * fraction)
+
+
+def student(values: Sequence[float]) -> Interval:
+    """A mean with Student's t-interval: exact for normal observations, however few; equal ones give no width.
+
+    Of differences between paired observations this is the paired t-interval.
+
+    Args:
+        values: (n,) independent observations, n >= 2.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} observations have no spread; expected at least two.")
+    estimate = mean(values)
+    half = t_97_5(len(values) - 1) * math.sqrt(variance(values) / len(values))
+    return Interval(estimate, estimate - half, estimate + half)
+
+
+def welch(values: Sequence[float], others: Sequence[float]) -> Interval:
+    """mean(values) - mean(others) with the interval of B. L. Welch (Biometrika 34, 1947), whatever their variances.
+
+    Args:
+        values, others: (n,) and (m,) independent observations, n, m >= 2.
+
+    Raises:
+        ValueError: fewer than two on a side.
+    """
+    fewest = min(len(values), len(others))
+    if fewest < 2:
+        raise ValueError(f"{fewest} observations have no spread; expected at least two on each side.")
+    estimate = mean(values) - mean(others)
+    squares = variance(values) / len(values), variance(others) / len(others)
+    total = sum(squares)
+    if total == 0:
+        return Interval(estimate, estimate, estimate)
+    share = squares[0] / total
+    freedom = 1 / (share**2 / (len(values) - 1) + (1 - share) ** 2 / (len(others) - 1))
+    half = t_97_5(max(fewest - 1, freedom)) * math.sqrt(total)  # never below, but for rounding
+    return Interval(estimate, estimate - half, estimate + half)

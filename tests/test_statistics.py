@@ -1,8 +1,9 @@
+import math
 import random
 
 import pytest
 
-from align_cli.statistics import NORMAL_97_5, clustered_proportion, mean_interval, wilson
+from align_cli.statistics import NORMAL_97_5, clustered_proportion, mean_interval, student, t_97_5, welch, wilson
 
 
 def test_wilson_bounds_solve_the_equation_that_defines_them():
@@ -66,3 +67,78 @@ def test_mean_interval_is_the_same_for_the_same_values():
 def test_mean_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no values"):
         mean_interval([])
+
+
+def test_students_quantile_has_its_closed_forms():
+    # of 1, 2 and 4 degrees of freedom: W. T. Shaw, Journal of Computational Finance 9(4), 2006
+    a = 4 * 0.975 * 0.025
+    q = math.cos(math.acos(math.sqrt(a)) / 3) / math.sqrt(a)
+    closed = {1: math.tan(0.475 * math.pi), 2: 0.95 * math.sqrt(2 / a), 4: 2 * math.sqrt(q - 1)}
+    for freedom, t in closed.items():
+        assert t_97_5(freedom) == pytest.approx(t, rel=1e-12)
+
+
+@pytest.mark.parametrize("freedom", [1.3, 2.5, 7.9, 33.3])
+def test_students_quantile_bounds_95_percent_of_the_density(freedom: float):
+    # with t = √ν tan θ the density is cos(θ)^(ν-1), up to a constant; by Simpson's rule
+    def integral(top: float) -> float:
+        steps = 2000
+        heights = [math.cos(top * k / steps) ** (freedom - 1) for k in range(steps + 1)]
+        return (heights[0] + 4 * sum(heights[1::2]) + 2 * sum(heights[2:-1:2]) + heights[-1]) * top / steps / 3
+
+    whole = math.sqrt(math.pi) / 2 * math.gamma(freedom / 2) / math.gamma((freedom + 1) / 2)
+    assert integral(math.atan(t_97_5(freedom) / math.sqrt(freedom))) / whole == pytest.approx(0.95, abs=1e-10)
+
+
+def test_students_quantile_tends_to_the_normal_one():
+    z, freedom = NORMAL_97_5, 10_000
+    # Cornish and Fisher's expansion (Abramowitz and Stegun 26.7.5); its next term is below 1e-11
+    expanded = z + (z**3 + z) / 4 / freedom + (5 * z**5 + 16 * z**3 + 3 * z) / 96 / freedom**2
+    assert t_97_5(freedom) == pytest.approx(expanded, abs=1e-10)
+
+
+@pytest.mark.parametrize("freedom", [0, 0.99, math.inf, math.nan])
+def test_students_quantile_refuses_other_degrees_of_freedom(freedom: float):
+    with pytest.raises(ValueError, match="degrees of freedom"):
+        t_97_5(freedom)
+
+
+def test_students_interval_of_two_is_cauchys():
+    t = math.tan(0.475 * math.pi)
+    assert student([1.0, 4.0]) == pytest.approx((2.5, 2.5 - 1.5 * t, 2.5 + 1.5 * t))
+
+
+def test_students_interval_holds_the_mean_as_often_as_it_says():
+    rng = random.Random(0)
+    trials = 400
+    held = sum(
+        interval.low <= 3 <= interval.high
+        for interval in (student([rng.gauss(3, 2) for _ in range(3)]) for _ in range(trials))
+    )
+    # five standard errors of a proportion of 0.95; with the normal quantile it would be 0.81
+    assert held / trials == pytest.approx(0.95, abs=5 * math.sqrt(0.95 * 0.05 / trials))
+
+
+def test_equal_observations_have_an_interval_of_no_width():
+    assert student([0.1] * 3) == (0.1, 0.1, 0.1)
+    assert welch([0.1] * 3, [0.1] * 7) == (0, 0, 0)
+
+
+def test_welch_has_the_freedom_of_both_where_they_spread_alike_and_of_one_where_the_other_does_not():
+    t = 0.95 * math.sqrt(2 / (1 - 0.95**2))  # two degrees of freedom
+    assert welch([1.0, 2.0], [5.0, 6.0]) == pytest.approx((-4, -4 - t / math.sqrt(2), -4 + t / math.sqrt(2)))
+    values = [0.3, 0.1, 0.7, 0.2]
+    shifted = [bound - 0.5 for bound in student(values)]
+    assert welch(values, [0.5] * 9) == pytest.approx(tuple(shifted))
+
+
+def test_welch_of_the_other_order_is_its_mirror():
+    ours, theirs = [0.3, 0.1, 0.7], [2.0, 9.0]
+    estimate, low, high = welch(ours, theirs)
+    assert welch(theirs, ours) == pytest.approx((-estimate, -high, -low))
+
+
+def test_one_observation_has_no_interval():
+    for wrong in (lambda: student([1.0]), lambda: welch([1.0], [1.0, 2.0]), lambda: welch([1.0, 2.0], [])):
+        with pytest.raises(ValueError, match="have no spread"):
+            wrong()

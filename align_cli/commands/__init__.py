@@ -11,5 +11,6 @@ COMMANDS = {
     "show": "listing",
     "cp": "listing",
     "export": "export",
+    "compare": "compare",
     "doctor": "doctor",
 }

@@ -1,6 +1,7 @@
 """Shell completion: `eval "$(align -sc install=bash)"` once, then TAB completes commands, groups and keys."""
 
 import os
+from pathlib import Path
 
 from align_cli import exits, terminal
 from align_cli.commands import COMMANDS
@@ -37,6 +38,8 @@ def complete(line: str) -> list[str]:
     command = before[1]
     if command == "cache":
         return [name for name in ("ls", "verify", "gc") if len(before) == 2 and name.startswith(word)]
+    if command == "compare":
+        return [name for name in compare_words(word) if name.startswith(word)]
     groups = group_names()
     if command in ("show", "cp", "ls"):
         names = list(groups) if command == "ls" else [f"{g}/{o}" for g, options in groups.items() for o in options]
@@ -49,6 +52,17 @@ def complete(line: str) -> list[str]:
         lead = f"{group}={done}," if done else f"{group}="
         return [f"{lead}{option}" for option in groups.get(group, []) if option.startswith(last)]
     return [f"{name}=" for name in [*groups, *keys()] if name.startswith(word)]
+
+
+def compare_words(word: str) -> list[str]:
+    """Options, the usual figures, and the folders that a word may become."""
+    from align_cli.commands.compare import METRICS, OPTIONS
+
+    done, comma, _ = word.rpartition(",")
+    figures = [f"{done}{comma}{name}" if comma else f"metric={name}" for name in METRICS]
+    above = Path(word.rpartition("/")[0] or ("/" if word.startswith("/") else "."))
+    folders = sorted(path for path in above.glob("*") if path.is_dir() and not path.name.startswith("."))
+    return [*OPTIONS, *(figures if word.startswith("metric=") else []), *map(str, folders)]
 
 
 def keys() -> list[str]:
