@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -35,8 +36,17 @@ REASONS = 3  # malformed rows that are quoted in the report
 class Build:
     """One pass over the rows."""
 
-    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, say: Say, pairwise: bool) -> None:
-        self.data, self.seed, self.say, self.pairwise = data, seed, say, pairwise
+    def __init__(
+        self,
+        data: Data,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        say: Say,
+        pairwise: bool,
+        sampled: int | None,
+    ) -> None:
+        self.data, self.seed, self.say, self.pairwise, self.sampled = data, seed, say, pairwise, sampled
         self.template = Template(tokenizer, template=data.template, system=data.system)
         self.counts: Counter[str] = Counter()
         self.reasons: list[str] = []
@@ -81,6 +91,8 @@ class Build:
                 if isinstance(row, RowError):
                     raise row
                 record = self.detected(row, where) if convert is schemas.record else convert(row, where)
+                if not record.responses and self.sampled is None:
+                    raise RowError("a prompt alone, and no response to learn from; source=rollout samples responses")
             except RowError as error:
                 self.refuse(where, error)
                 continue
@@ -112,6 +124,8 @@ class Build:
 
     def chosen(self, record: Record) -> Record | None:
         """The record with the responses that are kept; None, counted, without a preference."""
+        if self.sampled is not None:
+            return replace(record, responses=(), ratings=())
         if len(set(record.responses)) < len(record.responses):
             self.counts["duplicates"] += 1
         data = self.data
@@ -130,7 +144,7 @@ class Build:
     def fitted(self, group: Tokenised, record: Record) -> Tokenised | None:
         """The group within the limits of length; None, counted, where it is dropped."""
         data = self.data
-        prompt, longest = len(group.prompt), max(map(len, group.responses))
+        prompt, longest = len(group.prompt), self.sampled or max(map(len, group.responses))
         self.shortest = min(prompt + longest, self.shortest or prompt + longest)
         most = data.max_length - longest
         if data.max_prompt_length is not None:

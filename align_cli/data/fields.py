@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from align_cli.data.records import Message, Record, RowError
 
@@ -130,6 +131,23 @@ def record_of(prompt: Prompt, responses: Sequence[str], ratings: Sequence[float]
     Raises:
         RowError: an empty prompt or response, a prompt that ends with the assistant, or unequal numbers.
     """
+    record = asked_of(prompt, where)
+    if not responses:
+        raise RowError("there are no responses")
+    if len(responses) != len(ratings):
+        raise RowError(f"{len(responses)} responses but {len(ratings)} ratings")
+    for index, response in enumerate(responses):
+        if not response.strip():
+            raise RowError(f"response {index} of {len(responses)} is empty")
+    return replace(record, responses=tuple(responses), ratings=tuple(ratings))
+
+
+def asked_of(prompt: Prompt, where: str) -> Record:
+    """A record of a prompt alone, checked.
+
+    Raises:
+        RowError: the prompt is empty, or ends with the assistant.
+    """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise RowError("the prompt is empty")
@@ -138,14 +156,7 @@ def record_of(prompt: Prompt, responses: Sequence[str], ratings: Sequence[float]
             raise RowError("the prompt is empty: no user says anything")
         if prompt[-1]["role"] != "user":
             raise RowError(f"the prompt ends with a turn of the {prompt[-1]['role']}, not of the user")
-    if not responses:
-        raise RowError("there are no responses")
-    if len(responses) != len(ratings):
-        raise RowError(f"{len(responses)} responses but {len(ratings)} ratings")
-    for index, response in enumerate(responses):
-        if not response.strip():
-            raise RowError(f"response {index} of {len(responses)} is empty")
-    return Record(prompt, tuple(responses), tuple(ratings), where)
+    return Record(prompt, (), (), where)
 
 
 def preferred(prompt: Prompt, chosen: str, rejected: str, where: str) -> Record:

@@ -18,6 +18,7 @@ Format = Literal[
     "alpaca",
     "sharegpt",
     "sft",
+    "prompt",
     "ultrafeedback",
     "ultrainteract",
     "hh",

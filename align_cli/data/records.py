@@ -14,7 +14,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One prompt with K responses.
+    """One prompt with K responses, or with none that are to be learned from.
 
     Attributes:
         prompt: plain text, or the messages of a dialogue that ends before the response.

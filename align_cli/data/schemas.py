@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from align_cli.data import hh, tldr, ultrafeedback, ultrainteract
 from align_cli.data.fields import (
+    asked_of,
     field,
     is_dialogue,
     items,
@@ -211,6 +212,11 @@ def to_imitate(turns: tuple[Message, ...], what: str, where: str) -> Record:
     return record_of(turns[:-1], (turns[-1]["content"],), (1.0,), where)
 
 
+def prompt_alone(row: Row, where: str) -> Record:
+    """prompt, whose responses are to be sampled."""
+    return asked_of(prompt_of(field(row, "prompt")), where)
+
+
 SFT_KEYS = (("question", "answer"), ("prompt", "response"), ("prompt", "completion"))
 
 
@@ -221,6 +227,13 @@ def sft(row: Row, where: str) -> Record:
     asked, answered = next(keys for keys in SFT_KEYS if has(*keys)(row))
     response = response_of(row[answered], answered)
     return record_of(prompt_of(row[asked], asked), (response,), (1.0,), where)
+
+
+ANSWERS = ("chosen", "rejected", "completion", "completions", "response")
+
+
+def is_prompt(row: Row) -> bool:
+    return has("prompt")(row) and not any(key in row for key in ANSWERS)
 
 
 def is_hh(row: Row) -> bool:
@@ -259,4 +272,5 @@ SCHEMAS = {
         lambda row: has("messages")(row) or any(has(*keys)(row) for keys in SFT_KEYS),
         sft,
     ),
+    "prompt": Schema("prompt alone, whose responses are sampled", is_prompt, prompt_alone),
 }

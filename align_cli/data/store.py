@@ -152,7 +152,14 @@ class Read(Generic[Number]):
 
 
 def prepare(
-    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, cache: Path, say: Say, pairwise: bool
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    cache: Path,
+    say: Say,
+    pairwise: bool,
+    sampled: int | None,
 ) -> tuple[Store, Store]:
     """The training and the held-out groups of a dataset; the latter may be empty.
 
@@ -161,6 +168,8 @@ def prepare(
         cache: where prepared datasets are kept.
         say: is told, in one line each, what is found and done.
         pairwise: the algorithm compares two responses: prompts without a strict preference are dropped.
+        sampled: most tokens of the responses that a run samples; then prompts alone are kept, and what the rows say of
+            responses drops none. None: the run learns from the rows' own.
 
     Raises:
         UserError: nothing to train on, more malformed rows than `data.bad_rows`, rows too long under
@@ -176,13 +185,16 @@ def prepare(
         held_out = open_rows(data.path, revision=data.revision, subset=data.subset, split=data.held_out_split)
     sources = [source.identity, held_out.identity if held_out else ""]
     told = {**asdict(data), "expected": None}
-    decides = json.dumps([sources, told, identity(tokenizer), seed, pairwise, code(converter(data))], sort_keys=True)
+    decides = json.dumps(
+        [sources, told, identity(tokenizer), seed, pairwise, sampled, code(converter(data))], sort_keys=True
+    )
     folder = cache / hashlib.sha256(decides.encode()).hexdigest()[:32]
     if not (folder / "train").is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with alone(folder.with_suffix(".lock"), lambda: say(f"another process is reading {source.name}: waiting")):
             if not (folder / "train").is_dir():
-                build(folder, Build(data, tokenizer, seed=seed, say=say, pairwise=pairwise), source, held_out)
+                work = Build(data, tokenizer, seed=seed, say=say, pairwise=pairwise, sampled=sampled)
+                build(folder, work, source, held_out)
     train = Store(folder / "train")
     say(summary(train.report))
     return train, Store(folder / "held_out")

@@ -250,7 +250,13 @@ def number(backend: Tokenizer, token: str) -> int:
 
 
 class Writer(Protocol):
-    """How records become text."""
+    """How records become text.
+
+    Attributes:
+        last: the special token that ends a response.
+    """
+
+    last: str
 
     def render(self, record: Record) -> Rendered:
         """The text of a record. Raises RowError where it has none."""
@@ -266,7 +272,7 @@ class TextWriter:
     """Prompt and response joined as they are, then the end-of-sequence token."""
 
     def __init__(self, codec: Codec, *, stop: str, system: str | None) -> None:
-        self.codec, self.stop, self.system = codec, stop, system
+        self.codec, self.stop, self.last, self.system = codec, stop, stop, system
 
     @property
     def header(self) -> str:
@@ -315,6 +321,7 @@ class ChatWriter:
         self.end = whole[whole.rindex(PROBE) + 1 :]
         special = codec.specials.search(self.end)
         self.stop = self.end[: special.end()] if special else stop
+        self.last = special[0] if special else stop
         self.after_prompt = prompt[prompt.rindex(PROBE) + 1 :]
 
     @property
@@ -369,6 +376,9 @@ class Template:
         template: chat, text, or auto for chat where the tokenizer has a chat template.
         system: a system message for dialogues without one.
 
+    Attributes:
+        stop: the id of the token that ends a response.
+
     Raises:
         UserError: the tokenizer cannot be used this way.
     """
@@ -390,6 +400,7 @@ class Template:
         )
         first = backend_of(tokenizer).encode("a").ids[:1]
         self.bos = first[0] if first == [tokenizer.bos_token_id] else None
+        self.stop = number(backend_of(tokenizer), self.writer.last)
         self.header_tokens = len(self.codec.encode_after(ANCHOR, self.writer.header))
 
     def tokenise(self, records: Sequence[Record]) -> list[Tokenised | RowError]:

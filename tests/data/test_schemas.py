@@ -50,6 +50,7 @@ def test_a_row_keeps_its_label(name: str) -> None:
         ("nca", [SKY], [(9, 7.5, 3, 1)]),
         ("nemo", [SKY], [(0, -1)]),
         ("sft", ["2 + 2?", "2 + 3?", (user("2 + 4?"),)], [(1,)] * 3),
+        ("prompt", ["The sky is", SKY], [(), ()]),
         ("ultrafeedback", [(user("Name three colours of the rainbow."),), (user("Is 7 a prime number?"),)], None),
     ],
 )
@@ -172,6 +173,9 @@ BAD = [
         r"no known schema has the keys title, body\. Known: nca .*preference \(prompt",
     ),
     ({}, r"no known schema has the keys \(none\)"),
+    ({"prompt": "a", "chosen": "b"}, "no known schema has the keys prompt, chosen"),
+    ({"prompt": " "}, "the prompt is empty"),
+    ({"prompt": [user("x"), assistant("b")]}, "the prompt ends with a turn of the assistant"),
     ({"instruction": "a", "completions": [{"response": "b"}]}, r"completions\[0\]\.overall_score is missing"),
     ({"conversations": [{"from": "human", "value": "a"}]}, "has to end with a turn of the assistant"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"}, "the beginning of the other"),

@@ -65,12 +65,13 @@ def made(
     rows: Sequence[Mapping[str, object] | str] = GOOD,
     *,
     pairwise: bool = False,
+    sampled: int | None = None,
     told: list[str] | None = None,
     **options: object,
 ) -> tuple[Store, Store]:
     data = replace(DATA, **{"path": str(written(folder, rows)), **options})  # pyright: ignore[reportArgumentType]
     say = (told if told is not None else []).append
-    return prepare(data, tokenizer, seed=0, cache=folder / "cache", say=say, pairwise=pairwise)
+    return prepare(data, tokenizer, seed=0, cache=folder / "cache", say=say, pairwise=pairwise, sampled=sampled)
 
 
 def test_a_store_gives_back_what_was_tokenised(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
@@ -182,7 +183,8 @@ def slowly(*given):
 store.build = slowly
 tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
 data = replace(DATA, path=str(folder / "rows.jsonl"))
-store.prepare(data, tokenizer, seed=0, cache=folder / "cache", say=lambda line: print(line, flush=True), pairwise=False)
+told = lambda line: print(line, flush=True)
+store.prepare(data, tokenizer, seed=0, cache=folder / "cache", say=told, pairwise=False, sampled=None)
 """
 
 
@@ -279,6 +281,46 @@ def test_no_row_is_lost_silently(tmp_path: Path, words: PreTrainedTokenizerBase)
     assert (len(store), len(held_out)) == (report["train"], report["held_out"]) == (9, 2)
 
 
+def test_where_responses_are_sampled_those_of_the_rows_drop_no_prompt(
+    tmp_path: Path, words: PreTrainedTokenizerBase
+) -> None:
+    rows = [
+        {"prompt": "tie", "completions": ["a", "b"], "rewards": [1, 1]},
+        {"prompt": "same", "completions": ["a", "a"], "rewards": [1, 0]},
+        {"prompt": "wordy", "completions": ["a " * 99, "b"], "rewards": [1, 0]},
+        {"prompt": "many", "completions": ["a", "b", "c"], "rewards": [2, 1, 0]},
+        {"prompt": "alone"},
+    ]
+    store, _ = made(tmp_path, words, rows, pairwise=True, sampled=10, max_length=40)
+    assert [words.decode(group.prompt) for group in store] == [f"<s>{row['prompt']}" for row in rows]
+    assert {len(group.responses) for group in store} == {len(group.ratings) for group in store} == {0}
+    assert store.report["too_long"] == store.report["without_preference"] == store.report["duplicates"] == 0
+    assert store.longest.tolist() == store.prompt_tokens.tolist()
+
+
+def test_a_prompt_leaves_room_for_the_longest_response_that_may_be_sampled(
+    tmp_path: Path, words: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"prompt": "a b c"}, {"prompt": "a b c d"}]
+    (length, _) = made(tmp_path, words, rows, sampled=1)[0].prompt_tokens.tolist()
+    store, _ = made(tmp_path, words, rows, sampled=10, max_length=length + 10)
+    assert len(store) == 1 and store.report["too_long"] == 1
+    store, _ = made(tmp_path, words, rows, sampled=10, max_length=length + 10, truncation="truncate_prompt_left")
+    assert store.prompt_tokens.tolist() == [length, length]
+    with pytest.raises(UserError, match=r"too long: the shortest has \d+ tokens, data\.max_length="):
+        made(tmp_path, words, rows, sampled=10, max_length=length + 9)
+
+
+def test_a_prompt_alone_teaches_nothing_where_responses_are_not_sampled(
+    tmp_path: Path, words: PreTrainedTokenizerBase
+) -> None:
+    rows = [*GOOD, {"prompt": "alone"}]
+    with pytest.raises(UserError, match=r"rows\.jsonl:11: a prompt alone, .*; source=rollout samples responses"):
+        made(tmp_path, words, rows)
+    store, _ = made(tmp_path, words, rows, bad_rows=1)
+    assert (len(store), store.report["malformed"]) == (10, 1)
+
+
 def test_the_schema_is_said_aloud_and_can_be_overridden(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
     told: list[str] = []
     store, _ = made(tmp_path, words, told=told)
@@ -302,7 +344,7 @@ def test_a_dataset_of_bad_rows_only_is_refused(tmp_path: Path, words: PreTrained
 
 def test_a_missing_path_names_the_key(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=r"data\.path is not set"):
-        prepare(DATA, words, seed=0, cache=tmp_path, say=print, pairwise=False)
+        prepare(DATA, words, seed=0, cache=tmp_path, say=print, pairwise=False, sampled=None)
 
 
 def test_rows_that_are_all_too_long_name_the_shortest_and_the_key(
@@ -383,7 +425,7 @@ def test_a_held_out_split_loses_the_prompts_that_are_trained_on(tmp_path: Path, 
     written(tmp_path, GOOD[:7]).rename(tmp_path / "train.jsonl")
     written(tmp_path, GOOD[5:]).rename(tmp_path / "test.jsonl")
     data = replace(DATA, path=str(tmp_path), held_out_split="test", held_out=2)
-    train, held_out = prepare(data, words, seed=0, cache=tmp_path / "cache", say=print, pairwise=False)
+    train, held_out = prepare(data, words, seed=0, cache=tmp_path / "cache", say=print, pairwise=False, sampled=None)
     assert (len(train), len(held_out), train.report["held_out_but_trained_on"]) == (7, 2, 2)
     assert not prompts(train, words) & prompts(held_out, words)
 
