@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+DROPPED = 1 / 8  # share of a batch's responses that have ended when they are taken out; each time the cache is copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ def _continue(
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    cache = DynamicCache(config=model.config)
+    last = uniform.shape[1] - 1
+    cache = _cache(model, tokens=width + last)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     output = model(
         input_ids=ids,
@@ -118,20 +122,21 @@ def _continue(
     uniform = uniform.to(device)
     stops = torch.tensor(list(eos_ids), device=device)
 
-    last = uniform.shape[1] - 1
-    tokens = torch.full((len(logits), last + 1), -1, dtype=torch.long, device=device)
+    tokens = torch.zeros(len(logits), last + 1, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(logits), last + 1, dtype=torch.float64, device=device)
     rows = torch.arange(len(logits), device=device)  # the response that each row of the batch continues
+    going = torch.ones(len(logits), dtype=torch.bool, device=device)
     for step in range(last + 1):
         chosen, logprobs[rows, step] = choose(logits, uniform[rows, step], temperature)
         tokens[rows, step] = chosen
-        going = ~torch.isin(chosen, stops)
-        if step == last or not going.any():
+        going &= ~torch.isin(chosen, stops)
+        left = int(going.sum())
+        if step == last or left == 0:
             break
-        if not going.all():
+        if left <= (1 - DROPPED) * len(going):
             kept = going.nonzero().squeeze(-1)
             cache.batch_select_indices(kept)
-            rows, mask, chosen = rows[kept], mask[kept], chosen[kept]
+            rows, mask, chosen, going = rows[kept], mask[kept], chosen[kept], going[kept]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
         logits = model(
             input_ids=chosen[:, None],
@@ -140,9 +145,53 @@ def _continue(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-    drawn = [row[: row.index(-1)] if -1 in row else row for row in tokens.tolist()]
-    ending = set(eos_ids)
-    return [Drawn(row, told[: len(row)], row[-1] in ending) for row, told in zip(drawn, logprobs.tolist(), strict=True)]
+    ends = torch.isin(tokens, stops)
+    ended = ends.any(-1)
+    # a response that has ended goes on until it is taken out of the batch
+    counts = torch.where(ended, ends.int().argmax(-1) + 1, last + 1)
+    told = zip(tokens.tolist(), logprobs.tolist(), counts.tolist(), ended.tolist(), strict=True)
+    return [Drawn(row[:count], nats[:count], end) for row, nats, count, end in told]
+
+
+class Spacious(DynamicLayer):
+    """Keys and values of a layer, with space for so many tokens that none is copied when the next one comes."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.space: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.get_seq_length() == 0:  # the prompt, of which all responses get a copy
+            return super().update(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        before = self.keys.shape[-2]
+        after = before + key_states.shape[-2]
+        if self.space is None:
+            self.space = _with_space(self.keys, self.tokens), _with_space(self.values, self.tokens)
+        keys, values = self.space
+        keys[..., before:after, :] = key_states
+        values[..., before:after, :] = value_states
+        self.keys, self.values = keys[..., :after, :], values[..., :after, :]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.space = None
+
+
+def _with_space(states: Tensor, tokens: int) -> Tensor:
+    """A copy of (N, heads, T, width) with `tokens` for T."""
+    copy = states.new_empty(*states.shape[:-2], tokens, states.shape[-1])
+    copy[..., : states.shape[-2], :] = states
+    return copy
+
+
+def _cache(model: PreTrainedModel, *, tokens: int) -> DynamicCache:
+    """The model's cache; layers that keep all tokens have space for so many of them."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Spacious(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -155,11 +204,16 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor,
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    logprobs = (logits.double() / temperature).log_softmax(-1)
-    cumulative = logprobs.exp().cumsum(-1)
-    target = uniform.double().unsqueeze(-1) * cumulative[:, -1:]
+    # in place where it can be: with a large vocabulary each pass over (N, V) costs as much as a layer of a small model
+    weights = logits.double() - logits.amax(-1, keepdim=True)
+    if temperature != 1:
+        weights /= temperature
+    weights.exp_()
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    target = uniform.double().unsqueeze(-1) * total
     chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-    return chosen.squeeze(-1), logprobs.gather(-1, chosen).squeeze(-1)
+    return chosen.squeeze(-1), (weights.gather(-1, chosen) / total).log().squeeze(-1)
 
 
 def stops(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
