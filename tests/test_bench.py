@@ -13,9 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from benchmark import __main__ as bench
-from benchmark import contenders, flops, gate, groups, picture, plan, processes, results, shapes, table, tokens
+from benchmark import (
+    contenders,
+    flops,
+    gate,
+    groups,
+    online,
+    picture,
+    plan,
+    processes,
+    results,
+    sampling,
+    shapes,
+    table,
+    tokens,
+)
 from benchmark.lengths import TABLES, Lengths, Table, draw, fixed
 from benchmark.plan import ALIGN, SHIPPED, TUNED, UNSHARED, Case
 from benchmark.processes import Ended
@@ -393,7 +408,8 @@ def test_the_project_readme_has_a_place_for_the_table() -> None:
 def test_committed_results_are_whole_and_their_figures_follow_from_their_runs() -> None:
     for path in bench.RESULTS.glob("*.json"):
         data = results.read(path)
-        assert json.loads(json.dumps(results.figures(data))) == data["figures"], path
+        figures = online.figures if "sampling" in data else results.figures
+        assert json.loads(json.dumps(figures(data))) == data["figures"], path
 
 
 def test_the_picture_is_drawn_from_the_json_alone(tmp_path: Path) -> None:
@@ -414,3 +430,81 @@ def test_the_picture_is_drawn_from_the_json_alone(tmp_path: Path) -> None:
         assert words in drawn, words
     picture.draw(data, tmp_path / "two.svg")
     assert (tmp_path / "two.svg").read_text() == drawn
+
+
+def test_every_online_case_gives_both_sides_the_same_settings() -> None:
+    named = [one.name for one in online.cases(2)]
+    assert len(set(named)) == len(named) == 4
+    for one in online.cases(2):
+        more = online.overrides(one)
+        command = contenders.align_command(one, ALIGN, model=Path("m"), rows=Path("r"), run_dir=Path("d"), more=more)
+        given = dict(word.split("=", 1) for word in command[2:])
+        job = online.peer_job(one, model=Path("m"), rows=Path("r"), micro_batch=8)
+        assert given["algo"] == job["algorithm"] == one.algo
+        assert float(given[online.KL[one.algo]]) == job["beta"]
+        assert (given["scorer.pattern"], given["engine.precision"]) == (f'"{job["pattern"]}"', job["precision"])
+        assert float(given["train.lr"]) == job["lr"]
+        counts = ("train.prompts", "source.samples", "source.max_new_tokens", "train.steps")
+        assert [int(given[key]) for key in counts] == [job["groups"], job["samples"], job["new_tokens"], job["steps"]]
+        assert given["source"] == "rollout"
+        assert len(job["order"]) == one.groups * one.steps
+
+
+def test_align_reads_an_online_command_and_its_prompts(tmp_path: Path) -> None:
+    for one in online.cases(1)[:2]:
+        small = replace(one, shape=SHAPES["tiny"])
+        written = groups.fill(bench.lengths_of(small), vocabulary=small.shape.vocabulary, seed=0)
+        rows = groups.write_rows(groups.placed(written, bench.epoch_order(small.rows)), tmp_path / "rows.jsonl")
+        model = shapes.write_model(small.shape, tmp_path / "model", seed=0)
+        command = contenders.align_command(
+            small, ALIGN, model=model, rows=rows, run_dir=tmp_path / "run", more=online.overrides(small)
+        )
+        assert tokens.digest(command[2:], cache=tmp_path / "cache", steps=small.steps) == groups.digest_of(written)
+
+
+def test_samplers_draw_the_same_number_of_tokens_and_take_turns(tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(shapes.write_model(SHAPES["tiny"], tmp_path, seed=0))
+    sides = sampling.samplers(model, [[5, 6], [7, 8, 9]], responses=3, new_tokens=4, pad_id=0)
+    assert {name: side(1) for name, side in sides.items()} == {"align": 24, "generate": 24}
+    asked: list[tuple[str, int]] = []
+
+    def counted(name: str) -> Any:
+        return lambda number: asked.append((name, number)) or 1
+
+    speeds = sampling.alternate({name: counted(name) for name in sides}, rounds=2)
+    assert [name for name, _ in asked] == ["align", "generate", "generate", "align", "align", "generate"]
+    assert {name: len(values) for name, values in speeds.items()} == {"align": 2, "generate": 2}
+
+
+def test_online_ratios_are_of_neighbours_and_held_against_their_targets() -> None:
+    one = replace(online.cases(2)[0], timed=2)  # 64 prompts, 4 samples of each, 2 warm steps
+    runs = [
+        run(contender, number, [9.0, *seconds], peak=peak, case=one.name, response_tokens=18.5)
+        for contender, number, seconds, peak in (
+            (ALIGN, 0, [1.0, 1.0], 1.0),
+            (TUNED, 0, [2.0, 2.0], 2.0),
+            (TUNED, 1, [4.0, 4.0], 2.0),
+            (ALIGN, 1, [4.0, 4.0], 1.0),
+        )
+    ]
+    data: dict[str, Any] = benchmark_of(*runs) | {
+        "sampling": {"tokens_per_second": {"align": [8.0, 9.0, 1.0], "generate": [10.0, 9.0, 1.25]}},
+    }
+    data["settings"] = data["settings"] | {"cases": {one.name: online.settings_of(one)}}
+    data["figures"] = online.figures(data)
+    assert results.check(data) == []
+    assert data["figures"]["sampling"]["ratio"] == {"median": 0.8, "min": 0.8, "max": 1.0, "rounds": 3}
+    (row,) = data["figures"]["steps"]
+    assert row["speed"] == {"median": 1.5, "min": 1.0, "max": 2.0, "rounds": 2}
+    assert row["memory"]["median"] == 0.5
+    assert row[ALIGN]["samples_per_second"]["median"] == (256 + 64) / 2
+    assert row["reached"]
+    told = "\n".join(online.lines(data))
+    assert "| **0.80** (0.80 to 1.00) | ≥ 0.9 | | not reached |" in told
+    assert "| **1.50** (1.00 to 2.00) | ≥ 1.5 | 0.50 | reached |" in told
+
+
+def test_the_online_command_has_arguments_of_its_own() -> None:
+    given = online.parse(["--only", "grpo", "--repeats", "2"])
+    assert (given.only, given.repeats, given.name, given.show) == ("grpo", 2, "online", False)
+    assert online.main(["--only", "no such case"]) == 2

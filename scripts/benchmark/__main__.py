@@ -1,17 +1,15 @@
 """The benchmark's command line: `scripts/bench`."""
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from benchmark import contenders, flops, gate, groups, machine, picture, plan, processes, results, table
+from benchmark import contenders, flops, gate, groups, machine, picture, plan, results, table
 from benchmark.contenders import ROOT, WORK, Record, Tuning
 from benchmark.lengths import Lengths, draw, shortened
 from benchmark.plan import ALIGN, SHIPPED, TUNED, Case
@@ -113,7 +111,7 @@ class Bench:
                 f"{told['padding']['8']:.2f}"
             )
         job = {"cases": [check for _, check in checks], "cache": str(WORK / "tokens")}
-        for (case, _), found in zip(checks, self.ask("benchmark.tokens", job), strict=True):
+        for (case, _), found in zip(checks, contenders.ask("benchmark.tokens", job), strict=True):
             if found != self.truth[case.name]:
                 raise gate.Disagreement(f"align reads other token ids than were written: {case.name}")
         say("align reads the token ids that were written, in the order of its steps")
@@ -122,7 +120,7 @@ class Bench:
         """The folder of a case's model, made where it is not there."""
         folder = WORK / "models" / case.shape.name
         if not (folder / "tokenizer.json").is_file():
-            self.ask("benchmark.shapes", {"shape": case.shape.name, "folder": str(folder), "seed": plan.SEED})
+            contenders.ask("benchmark.shapes", {"shape": case.shape.name, "folder": str(folder), "seed": plan.SEED})
         return folder
 
     def reference(self, case: Case, tuning: Tuning, purpose: str) -> Path:
@@ -132,19 +130,6 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name
 
-    def ask(self, module: str, job: Record) -> Any:
-        """The result of a process of the harness's own."""
-        folder = WORK / "ask"
-        folder.mkdir(parents=True, exist_ok=True)
-        given, result = folder / "job.json", folder / "result.json"
-        given.write_text(json.dumps(job), encoding="utf-8")
-        around = contenders.environment(plan.THREADS, folder)
-        command = [sys.executable, "-m", module, str(given), str(result)]
-        ended = processes.run(command, environment=around, folder=folder, limit=contenders.LIMIT)
-        if ended.code != 0:
-            raise RuntimeError(f"{module} failed:\n{ended.tail(30)}")
-        return json.loads(result.read_text(encoding="utf-8"))
-
     # --- before anything is timed
 
     def measure_products(self, *, brief: bool) -> None:
@@ -153,7 +138,7 @@ class Bench:
         if set(named) <= self.data["gemm"].get("weighted", {}).keys():
             return
         job = {"shapes": named, "tokens": 2048, "seconds": 0.1 if brief else 0.4, "square": 1024 if brief else 4096}
-        rates = self.ask("benchmark.flops", job)
+        rates = contenders.ask("benchmark.flops", job)
         # the share of positions whose logits are needed, at UltraFeedback's means and K = 2
         share = 610 / 795
         weighted: Record = {}

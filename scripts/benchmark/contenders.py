@@ -63,7 +63,7 @@ def align_command(
         "sft": ("algo=sft",),
         "dpo": ("algo=dpo", f"algo.beta={plan.BETA}"),
         "nca": ("algo=nca", f"algo.beta={plan.BETA}", f"algo.alpha={plan.ALPHA}"),
-    }[case.algorithm]
+    }.get(case.algorithm, (f"algo={case.algorithm}",))
     settings = (
         "model=hf",
         f"model.path={model}",
@@ -138,7 +138,7 @@ def peer_job(case: Case, *, model: Path, rows: Path, order: list[int], tuning: T
     }
 
 
-def run_peer(job: Record, *, tuning: Tuning | None) -> tuple[Ended, Record]:
+def run_peer(job: Record, *, tuning: Tuning | None, module: str = "benchmark.peer") -> tuple[Ended, Record]:
     """One run of TRL; what it tokenised and measured before is not kept."""
     folder = _fresh(WORK / "peer")
     job = job | {"folder": str(folder / "out")}
@@ -147,9 +147,9 @@ def run_peer(job: Record, *, tuning: Tuning | None) -> tuple[Ended, Record]:
     around = environment(plan.THREADS, folder)
     if tuning is not None and tuning.allocator:
         around |= KEEP_MEMORY
-    command = [sys.executable, "-m", "benchmark.peer", str(given), str(result)]
+    command = [sys.executable, "-m", module, str(given), str(result)]
     ended = processes.run(command, environment=around, folder=folder, limit=LIMIT)
-    told: Record = {"command": ["python", "-m", "benchmark.peer"], "threads": plan.THREADS}
+    told: Record = {"command": ["python", "-m", module], "threads": plan.THREADS}
     told["tuning"] = "as shipped" if tuning is None else tuning.told()
     if ended.code == 0:
         told |= json.loads(result.read_text(encoding="utf-8"))
@@ -157,6 +157,18 @@ def run_peer(job: Record, *, tuning: Tuning | None) -> tuple[Ended, Record]:
         measured = bool(marks) and not told["reference_reused"]
         told["reference_seconds"] = marks["reference ends"] - marks["reference begins"] if measured else None
     return ended, told
+
+
+def ask(module: str, job: Record) -> Any:
+    """The result of a process of the harness's own."""
+    folder = _fresh(WORK / "ask")
+    given, result = folder / "job.json", folder / "result.json"
+    given.write_text(json.dumps(job), encoding="utf-8")
+    command = [sys.executable, "-m", module, str(given), str(result)]
+    ended = processes.run(command, environment=environment(plan.THREADS, folder), folder=folder, limit=LIMIT)
+    if ended.code != 0:
+        raise RuntimeError(f"{module} failed:\n{ended.tail(30)}")
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def step_ends(ended: Ended, steps: int) -> list[float]:

@@ -48,6 +48,7 @@ SHAPES = {
         Shape("30M", 512, 8, 8, 8, 1408, 32_000, "a small Llama; 26 M weights in the blocks, 42 M with embeddings"),
         Shape("135M", 576, 30, 9, 3, 1536, 49_152, "SmolLM2-135M; 106 M weights in the blocks, 135 M with embeddings"),
         Shape("tiny", 64, 2, 2, 2, 128, 512, "a Llama small enough that thousands of groups pass in a minute"),
+        Shape("world", 128, 4, 4, 4, 384, 47, "the embedded world's model, but for tied embeddings"),
     )
 }
 
