@@ -275,6 +275,18 @@ def test_advantages_that_are_all_equal_are_whitened_to_0() -> None:
         assert found.abs().max() < 1e-3
 
 
+def test_whitened_a_larger_reward_is_a_smaller_penalty() -> None:
+    behavior, reference, rewards = normal(2, 3, 5, seed=6), normal(2, 3, 5, seed=7), batch()["rewards"]
+
+    def whitened(scale: float, beta: float) -> Tensor:
+        raw = to_go(token_rewards(scale * rewards, behavior, reference, MASK, beta=beta), MASK)
+        return whiten(raw, MASK, *spread(*moments(raw, MASK)))
+
+    # 1e-8 beside the deviation
+    assert_close(whitened(3.0, 0.3), whitened(1.0, 0.1), rtol=1e-7, atol=1e-7)
+    assert (whitened(3.0, 0.3) - whitened(1.0, 0.3)).abs().max() > 0.1
+
+
 # --- the KL coefficient
 
 

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from align_cli.divergences import (
     tv,
 )
 from align_cli.losses import fdpg
+from align_cli.metrics import approximation
 
 DIVERGENCES = {
     "reverse_kl": reverse_kl(),
@@ -194,6 +196,72 @@ def test_descent_along_its_gradient_lowers_the_divergence(divergence: Divergence
     assert all(later < earlier for earlier, later in pairwise(values))
 
 
+@pytest.mark.parametrize("excluded", [(), (1, 4)], ids=["soft", "hard"])
+@pytest.mark.parametrize("on_policy", [True, False], ids=["on-policy", "off-policy"])
+def test_the_divergences_of_a_step_are_exact_in_expectation(on_policy: bool, excluded: tuple[int, ...]) -> None:
+    policy, target = log_probabilities(tables(1)).detach(), log_target(excluded=excluded)
+    behavior = policy if on_policy else log_probabilities(tables(2)).detach()
+    expected: dict[str, Tensor] = {}
+    for drawn in range(SEQUENCES):
+        one, sampled, aim = (column[drawn].view(1, 1) for column in (policy, behavior, target))
+        for name, (value, count) in approximation(one, sampled, aim, target.logsumexp(-1)[None]).items():
+            expected[name] = expected.get(name, torch.zeros(())) + behavior[drawn].exp() * value / count
+    for name in ("forward_kl", "tv"):
+        assert_close(expected[f"divergence/{name}"], exactly(DIVERGENCES[name], policy, target))
+    # half of the f-divergence, as the Jensen-Shannon divergence is usually written
+    assert_close(2 * expected["divergence/js"], exactly(js(), policy, target))
+    assert_close(expected["divergence/excluded"], policy[target == -math.inf].exp().sum())
+    assert_close(expected["divergence/log_z"], target.logsumexp(-1))
+    if not excluded:
+        assert_close(expected["divergence/reverse_kl"], exactly(reverse_kl(), policy, target))
+
+
+def test_each_prompt_has_its_own_normaliser() -> None:
+    weights, apart = tables(1), torch.tensor([[0.0], [2.5]], dtype=torch.float64)
+    shared = log_target()
+    policy = log_probabilities(weights)
+    scaled = (shared + apart).expand(2, -1)  # two prompts with one target, of which one is 12 times as large
+    found = torch.zeros(2, dtype=torch.float64)
+    for drawn in range(SEQUENCES):
+        logs = policy[drawn].expand(2, 1)
+        losses = fdpg.fdpg(
+            logs, logs.detach(), scaled[:, drawn, None], scaled.logsumexp(-1), divergence=js(), baseline="none"
+        )
+        found = found + policy[drawn].detach().exp() * losses
+    truth = slopes(exactly(js(), log_probabilities(weights), shared), weights)
+    for prompt in range(2):
+        (slope, *more) = (
+            gradient.flatten() for gradient in torch.autograd.grad(found[prompt], weights, retain_graph=True)
+        )
+        assert_close(torch.cat([slope, *more]), truth)
+
+
+def nearest(divergence: Divergence, target: Tensor) -> Tensor:
+    """log π after descent along the loss's own gradient, of a policy with one distribution for both tokens."""
+    table = torch.zeros(1, VOCABULARY, dtype=torch.float64, requires_grad=True)
+    for _ in range(300):
+        policy = log_probabilities([table, table])
+        loss = expected_loss(policy, policy, target, divergence, responses=1, baseline="none")
+        (gradient,) = torch.autograd.grad(loss, table)
+        table = (table - 0.3 * gradient).detach().requires_grad_()
+    return log_probabilities([table, table]).detach()
+
+
+def test_reverse_kl_is_the_narrowest_and_forward_kl_the_widest_of_a_policy_that_cannot_be_the_target() -> None:
+    target = 2 * log_target()
+    found = [nearest(DIVERGENCES[kind], target) for kind in ("reverse_kl", "js", "forward_kl")]
+    narrow, middle, wide = (float(-(policy.exp() * policy).sum()) for policy in found)
+    assert narrow + 0.2 < middle < wide - 0.2  # 0.72, 1.46 and 1.67 nats
+
+
+def test_a_constraint_is_met_more_often_under_js_and_tv_than_under_forward_kl() -> None:
+    target = 2 * log_target(excluded=(2, 7))
+    by_js, by_tv, by_forward_kl = (
+        float(nearest(DIVERGENCES[kind], target)[target > -math.inf].exp().sum()) for kind in ("js", "tv", "forward_kl")
+    )
+    assert min(by_js, by_tv) > by_forward_kl + 0.02  # 0.992, 0.994 and 0.958
+
+
 def test_what_the_target_excludes_costs_the_limit_and_nothing_overflows() -> None:
     policy = torch.tensor([[-5.0, -900.0]], requires_grad=True)
     target = torch.tensor([[-math.inf, -3.0]])
@@ -201,6 +269,21 @@ def test_what_the_target_excludes_costs_the_limit_and_nothing_overflows() -> Non
     (slope,) = torch.autograd.grad(losses.sum(), policy)
     assert_close(slope[0, 0].item(), math.log(2) / 2)
     assert slope.isfinite().all() and slope[0, 1] < 0
+
+
+@every_divergence
+@pytest.mark.parametrize("baseline", ["none", "leave_one_out"])
+def test_a_prompt_whose_z_is_not_known_teaches_nothing(divergence: Divergence, baseline: str) -> None:
+    policy = torch.tensor([[-1.0, -2.0, -3.0], [-2.0, -1.5, -1.0]], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([[-math.inf] * 3, [-1.0, -2.0, -2.5]], dtype=torch.float64)
+    log_z = torch.tensor([-math.inf, 0.5], dtype=torch.float64)
+    given: dict[str, Any] = {"divergence": divergence, "baseline": baseline}
+    losses = fdpg.fdpg(policy, policy.detach(), target, log_z, **given)
+    slope = torch.autograd.grad(losses.sum(), policy)[0]
+    assert losses[0] == 0 and not slope[0].any()
+    alone = fdpg.fdpg(policy[1:], policy[1:].detach(), target[1:], log_z[1:], **given)
+    assert_close(losses[1:], alone, rtol=0, atol=0)
+    assert slope[1].any() and slope[1].isfinite().all()
 
 
 def test_targets_reweight_the_reference() -> None:
