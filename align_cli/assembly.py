@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from align_cli import baselines, columns, config, distributed, paths, terminal
 from align_cli.data.batches import members, steps_per_epoch
 from align_cli.data.store import Group, Store
+from align_cli.data.tokens import Template
 from align_cli.engine import (
     DeepSpeedEngine,
     Engine,
@@ -27,7 +28,8 @@ from align_cli.engine import (
     settle_deepspeed,
 )
 from align_cli.errors import UserError
-from align_cli.experiment import Experiment, Moments, producers
+from align_cli.experiment import Experiment, producers
+from align_cli.method import Method
 from align_cli.models import recompute
 from align_cli.models.adapters import attach
 from align_cli.models.causal import (
@@ -46,9 +48,10 @@ from align_cli.normaliser import LogZ
 from align_cli.raters import ByModel, ByProgram, FirstFeature, FromModel, Rater
 from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics, rows, weights_digest
 from align_cli.reinforcement import Scaled, TokenRewards, Whitened, summed
+from align_cli.sections import Moments
 from align_cli.sources import Dataset, Extra, FromPolicy, Rollout, Sampler
 from align_cli.tilt import Lambdas, doubt, fitted, told
-from align_cli.train import Method, total_steps
+from align_cli.train import total_steps
 
 # Largest difference in nats per token between a flat row and padded sequences that rounding explains.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3}
@@ -268,11 +271,13 @@ def build_source(prepared: Prepared, engine: Engine, digest: str) -> Dataset | R
     }
     if not isinstance(experiment.source, FromPolicy):
         return Dataset(**common, engine=engine)
+    data = experiment.data
+    stop = Template(prepared.tokenizer, template=data.template, system=data.system).stop
     if experiment.moments is not None:
         features = [ByProgram(each.scorer, prepared.tokenizer) for each in experiment.moments.features.values()]
-        sampler = Sampler(engine, prepared.tokenizer, FirstFeature(), experiment.source, features)
+        sampler = Sampler(engine, prepared.tokenizer, FirstFeature(), experiment.source, stop, features)
         return Rollout(**common, sampler=sampler, extras={})
-    sampler = Sampler(engine, prepared.tokenizer, build_rater(prepared, engine), experiment.source)
+    sampler = Sampler(engine, prepared.tokenizer, build_rater(prepared, engine), experiment.source, stop)
     extras: dict[str, Extra] = {}
     if experiment.advantage is not None and "greedy" in columns.asked(experiment.advantage):
         extras["greedy"] = partial(_greedy, sampler, experiment.run.seed)

@@ -59,7 +59,13 @@ def prepare(
         kept: folder of such ratings.
         origin: what decides the ratings beside prompt, N, seed and the sampler's options, as JSON.
     """
-    told = {"origin": origin, "responses": responses, "seed": seed, "options": vars(sampler.options)}
+    told = {
+        "origin": origin,
+        "responses": responses,
+        "seed": seed,
+        "options": vars(sampler.options),
+        "stop": sampler.stop,
+    }
     key = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
     path = kept / f"{key}.npz"
     there = distributed.gather(_read(path) if distributed.rank() == 0 else {})[0]

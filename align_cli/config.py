@@ -28,6 +28,7 @@ MISSING = "???"  # what a YAML says of a key that has to be given
 
 _REFERENCE = re.compile(r"\$\{\.*[A-Za-z_][\w.]*\}")
 _PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_TARGET = re.compile(r"(?<!\w)_target_(?!\w)")  # a folder may be called reaches_its_target_1
 
 
 def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Tree:
@@ -183,7 +184,7 @@ def refuse_code(overrides: Sequence[str]) -> None:
     problems: list[str] = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if "_target_" in override:
+        if _TARGET.search(override):
             problems.append(f"{override}: '_target_' is not taken from the command line; parts are chosen by name.")
         elif re.match(r"[+~'\"\s]*hydra\b", key):
             problems.append(f"{override}: Hydra's own settings are fixed; callbacks and logging could run code.")

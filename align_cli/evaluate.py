@@ -1,11 +1,21 @@
-"""Held-out evaluation of responses that a program can judge."""
+"""Held-out evaluation: of the loss, of the policy's samples, and of responses that a program can judge."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from align_cli import distributed
+from align_cli.data.batches import Measured, split
+from align_cli.data.store import Store
+from align_cli.engine import Engine
 from align_cli.generation import sample, stops
+from align_cli.method import Meter, Method
+from align_cli.normaliser import LogZ
+from align_cli.sources import EVALUATION, Sampler
 from align_cli.statistics import Interval, clustered_proportion, mean_interval, wilson
 
 BATCH = 512  # sequences generated at a time
@@ -98,3 +108,68 @@ def exact_match(
 def flat(name: str, interval: Interval) -> dict[str, float]:
     """An interval under the keys `name`, `name_low` and `name_high`."""
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+@torch.no_grad()
+def evaluate_loss(engine: Engine, method: Method, store: Store) -> dict[str, float]:
+    """The loss and all metrics on the first `eval.groups` held-out groups; every rank calls it."""
+    experiment = method.experiment
+    chosen = tuple(range(min(experiment.eval.groups, len(store))))
+    if not chosen:
+        return {}
+    parts = split(
+        chosen, engine.manner.lengths(store), ranks=distributed.world(), budget=experiment.engine.micro_tokens
+    )
+    method.begin(store[index] for index in chosen)
+    meter = Meter()
+    for part in parts[distributed.rank()]:
+        batch = engine.manner.flatten([store[index] for index in part.groups], counted=part.counted)
+        (columns_of,) = method.columns(engine, [batch])
+        filled = method.measured(engine, columns_of)
+        if part.counted:
+            meter.add({"loss": (method.elements(filled).sum(), method.size(filled))} | method.metrics(filled))
+    return meter.read()
+
+
+@torch.no_grad()
+def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: Store) -> dict[str, float]:
+    """What responses to the first `eval.groups` held-out prompts are like, sampled `eval.samples` times each.
+
+    Every rank calls it.
+
+    Returns:
+        `alignment`, the mean rating, with `_low` and `_high` of its 95 % interval, prompts being the independent
+        observations; `moment/<feature>`, the same of a target's features; and the step's figures
+        (`align_cli.metrics`). A target's Z is estimated anew, from these samples.
+    """
+    experiment = method.experiment
+    asked = [prompts[index] for index in range(min(experiment.eval.groups, len(prompts)))]
+    if not asked:
+        return {}
+    seed = (experiment.run.seed, EVALUATION)
+    temperature = None if experiment.tempered else 1.0
+    drawn = sampler.draw(asked, seed, samples=experiment.eval.samples, temperature=temperature)
+    sampler.spent.clear()
+    apart = replace(method, producers={**method.producers, "log_z": LogZ(experiment.normaliser)})
+    places = range(len(drawn))
+    lengths = engine.manner.lengths(Measured.of(drawn))
+    parts = split(places, lengths, ranks=distributed.world(), budget=experiment.engine.micro_tokens)
+    mine = parts[distributed.rank()]
+    batches = [engine.manner.flatten([drawn[index] for index in p.groups], counted=p.counted) for p in mine]
+    meter = Meter()
+    for columns_of in apart.columns(engine, batches):
+        filled = apart.measured(engine, columns_of)
+        if columns_of["batch"].counted:
+            meter.add(apart.metrics(filled))
+    told = _mean("alignment", [group.ratings for group in drawn])
+    names = () if experiment.moments is None else experiment.moments.features
+    for place, name in enumerate(names):
+        told |= _mean(f"moment/{name}", [group.given["features"][:, place] for group in drawn])
+    return told | meter.read()
+
+
+def _mean(name: str, scores: Sequence[NDArray[np.float32]]) -> dict[str, float]:
+    """The mean score under `name`, with its bounds; a row of scores for each prompt."""
+    means = [float(each.mean(dtype=np.float64)) for each in scores]
+    binary = all(score in (0.0, 1.0) for each in scores for score in each.tolist())
+    return flat(name, clustered_proportion(means) if binary else mean_interval(means))

@@ -19,150 +19,42 @@ from align_cli.models.adapters import Adapter
 from align_cli.models.causal import Model
 from align_cli.normaliser import LogZ
 from align_cli.preferences import strict_pairs
-from align_cli.ranges import Count, Fraction, NotEmpty, Positive, WholeNumber
+from align_cli.ranges import NotEmpty
 from align_cli.raters import FromModel, Scorer
 from align_cli.reinforcement import AdaptiveKL, FixedKL, TokenRewards, Whitened, summed
+from align_cli.sections import (
+    PARTS,
+    PENALTIES,
+    RATERS,
+    SECTIONS,
+    SOURCES,
+    Checkpoint,
+    Contrast,
+    Eval,
+    Feature,
+    Fitted,
+    Launch,
+    Moments,
+    Normalised,
+    Reference,
+    Run,
+    Train,
+    Whitening,
+)
 from align_cli.sources import FromDataset, FromPolicy
 from align_cli.tracking import Track
 from align_cli.world import World
 
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """The `train` section: how long and how fast."""
-
-    steps: Count | None
-    epochs: Count
-    prompts: Count
-    together: bool
-    lr: Positive
-    schedule: Literal["cosine", "linear", "constant"]
-    warmup_ratio: Fraction
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """The `checkpoint` section."""
-
-    every: Count
-    keep: Count
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval:
-    """The `eval` section."""
-
-    every: Count | None
-    groups: WholeNumber
-    samples: Count
-    prompts: WholeNumber
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """The `run` section."""
-
-    dir: NotEmpty
-    seed: WholeNumber
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """The `launch` section."""
-
-    name: Literal["local", "prepare"]
-    devices: Count | None
-    accelerator: Literal["auto", "cpu", "gpu"]
-    memory_gb: Positive | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """The `reference` section."""
-
-    name: Literal["cached", "frozen", "adapter"]
-    path: NotEmpty | None
-
-
 Loss = Callable[..., Tensor]
 
-
-@dataclass(frozen=True)
-class Feature:
-    """What a target wants of a scorer: that its mean be the moment."""
-
-    scorer: Scorer
-    moment: float
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The features of a target, on how many samples its λ is fitted, and whether each prompt is normalised apart."""
-
-    features: Mapping[str, Feature]
-    samples: int
-    by: Literal["shared", "prompt"]
-
-    @property
-    def wanted(self) -> dict[str, float]:
-        """The moment of each feature."""
-        return {name: feature.moment for name, feature in self.features.items()}
-
-
-SECTIONS: dict[str, Callable[..., Any]] = {
-    "train": Train,
-    "optimizer": Optimizer,
-    "checkpoint": Checkpoint,
-    "eval": Eval,
-    "run": Run,
-    "launch": Launch,
-    "data": Data,
-    "model": Model,
-    "adapter": Adapter,
-    "engine": EngineOptions,
-    "track": Track,
-}
 BUDGET = 4096  # tokens of a micro-batch where nothing says more
 BUDGETS = tuple(1024 * 2**power for power in range(7))  # beyond 65,536 tokens a GPU gains nothing
-SOURCES: dict[str, type[FromDataset] | type[FromPolicy]] = {"dataset": FromDataset, "rollout": FromPolicy}
-RATERS: dict[str, type[FromModel]] = {"model": FromModel}  # what rates responses and is no function of texts
-PARTS = ("algo", "divergence", "reward", "scorer", "target", "advantage", "kl")  # sections that choose a function
-PENALTIES: dict[str, type[FixedKL] | type[AdaptiveKL]] = {"fixed": FixedKL, "adaptive": AdaptiveKL}
 MARGIN = 0.1  # share of a device's memory that a chosen stage leaves to buffers, fragments and the driver
 GIVEN = ("ratings", "lengths", "mask", "batch", *columns.POLICY)
 SAMPLED = ("behavior", "behavior_tokens", "greedy", "baselines")  # given by rollouts alone
 FEATURED = ("features",)  # given by rollouts whose target asks for them
 ASKED = {"scorer": NotEmpty, "moment": float}  # of each feature, beside the scorer's options
 SHOWN = "target.features.NAME={scorer: matches, pattern: '^hmm', moment: 0.5}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Normalised:
-    """What the loop reads of the `target` section."""
-
-    normaliser: Literal["shared", "prompt"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitted(Normalised):
-    """What the loop reads of it where the target is fitted to its features."""
-
-    samples: Count
-
-
-@dataclass(frozen=True, kw_only=True)
-class Whitening:
-    """What the loop reads of the `advantage` section."""
-
-    whiten: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contrast:
-    """What the loop reads of the section `reward=contrastive`."""
-
-    responses: Count
-    scaling: Literal["none", "dynamic"]
 
 
 @dataclass(frozen=True)
@@ -698,9 +590,19 @@ def terms(experiment: Experiment, shape: memory.Shape) -> dict[str, float]:
         plain_head=experiment.model.head == "plain",
         scores=experiment.scalar == "scores",
         rater=isinstance(experiment.scorer, FromModel),
+        sampled=_sampled_at_a_time(experiment, size),
         frozen_reference=experiment.frozen_reference,
         frozen_bits=experiment.adapter.bits,
     )
+
+
+def _sampled_at_a_time(experiment: Experiment, size: Mapping[str, float]) -> int:
+    """Tokens of the sequences that a rank samples at a time, as far as the data's YAML states its size."""
+    source = experiment.source
+    if not isinstance(source, FromPolicy):
+        return 0
+    sequences = min(source.sequences, source.samples * experiment.train.prompts)
+    return round(sequences * (size.get("prompt_tokens", 0.0) + source.max_new_tokens))
 
 
 def column_makers(experiment: Experiment) -> dict[str, str]:

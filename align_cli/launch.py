@@ -350,11 +350,8 @@ FIGURES = {
 def result_lines(summary: dict[str, rundir.Scalar]) -> list[str]:
     """What a person wants to know of a finished run."""
     sampled = "eval/after/alignment" in summary  # the value of a loss on samples means nothing
-    lines = (
-        []
-        if sampled
-        else [f"loss {summary['loss/first']:.4f} -> {summary['loss/last']:.4f} in {summary['steps']} steps"]
-    )
+    steps = f"{summary['steps']} steps"
+    lines = [] if sampled else [f"loss {summary['loss/first']:.4f} -> {summary['loss/last']:.4f} in {steps}"]
     for name, text in FIGURES.items():
         keys = [f"eval/{when}/{name}{end}" for when in ("before", "after") for end in ("", "_low", "_high")]
         if all(key in summary for key in keys):
@@ -364,7 +361,11 @@ def result_lines(summary: dict[str, rundir.Scalar]) -> list[str]:
             )
     if sampled:
         kl = float(str(summary["eval/after/rollout/kl"]))
-        lines.append(f"{kl:.2f} nats of KL to the start, after {summary['steps']} steps")
+        lines.append(f"{kl:.2f} nats of KL to the start, after {steps}")
+    agreed = [summary.get(f"eval/{when}/rewards/accuracies") for when in ("before", "after")]
+    if None not in agreed and "displacement/chosen" not in summary:  # a reward model
+        before, after = (float(str(share)) for share in agreed)
+        lines.append(f"held-out preferences that it agrees with: {before:.1%} -> {after:.1%}")
     if "displacement/chosen" in summary:
         lines.append(
             f"chosen responses on held-out prompts moved by {float(str(summary['displacement/chosen'])):+.2f} nats; "

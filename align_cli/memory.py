@@ -115,6 +115,7 @@ def per_device(
     plain_head: bool,
     scores: bool = False,
     rater: bool = False,
+    sampled: int = 0,
     frozen_reference: bool,
     frozen_bits: int | None,
 ) -> dict[str, float]:
@@ -131,6 +132,7 @@ def per_device(
         plain_head: whether the model makes its logits itself, all at once.
         scores: whether it is a reward model, which makes none.
         rater: whether a reward model lies beside the policy; it is taken to be as large.
+        sampled: tokens of the sequences that are sampled at a time, prompts included.
         frozen_reference: whether a second model lies beside the policy.
         frozen_bits: bits of frozen weights where they are quantised.
     """
@@ -171,6 +173,10 @@ def per_device(
         "activations": kept,
         "logits": logits,
     }
+    cache = float(sampled * shape.layers * 2 * shape.kv_width * size)
+    if cache > kept + logits:  # samples are drawn before anything is kept for a backward pass
+        del terms["activations"], terms["logits"]
+        terms["keys and values of samples"] = cache
     if frozen_reference:
         terms["reference model"] = weights / weight_share
     if rater:

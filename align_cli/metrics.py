@@ -9,7 +9,6 @@ prompt. With K = 1 there are none, and their metrics are absent. `rewards/*` are
 β log π_θ/π_ref, in nats times β; they stay so under every loss.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -137,32 +136,35 @@ def moments(features: Tensor, *, names: Sequence[str]) -> Metrics:
     return _over_prompts({f"rollout/moment/{name}": means[:, place] for place, name in enumerate(names)})
 
 
-def approximation(policy: Tensor, target: Tensor, log_z: Tensor) -> Metrics:
-    """`divergence/*`: how far the policy is from a target, from the policy's own samples.
+def approximation(policy: Tensor, behavior: Tensor, target: Tensor, log_z: Tensor) -> Metrics:
+    """`divergence/*`: how far the policy is from a target, by samples.
 
-    D_f(π ‖ p) = E_π[f(t)/t] + f′(∞) π(p = 0) with t = π/p; every term is at least 0. A divergence that is infinite
-    where the target excludes responses is left out if it excludes any of these.
+    D_f(π ‖ p) = E_q[π/q f(t)/t] + f′(∞) π(p = 0) with t = π/p; every term is at least 0, and infinite where the target
+    excludes a response and the divergence forbids that.
 
     Args:
-        policy: (B, K) log π_θ(y_k|x) of responses drawn from π_θ, nats.
+        policy: (B, K) log π_θ(y_k|x) of responses drawn from q, nats.
+        behavior: (B, K) log q(y_k|x), nats.
         target: (B, K) log P(x, y_k), −∞ where excluded.
         log_z: (B,) log Z(x); prompts where it is −∞ are not counted.
 
     Returns:
         divergence/forward_kl, divergence/reverse_kl, divergence/tv, divergence/js (half of `divergences.js`, as it is
-        usually written); divergence/log_z, divergence/excluded, the share of samples that the target excludes.
+        usually written); divergence/log_z, divergence/excluded, the policy's probability of what the target excludes;
+        divergence/skipped, the share of prompts where log_z is −∞, of all.
     """
     known = log_z > -torch.inf
-    policy, target, log_z = policy[known], target[known], log_z[known]
+    skipped = _over_prompts({"divergence/skipped": (~known).to(policy.dtype)})
+    policy, behavior, target, log_z = policy[known], behavior[known], target[known], log_z[known]
+    weight = ratio(policy.detach(), behavior)
     excluded = target == -torch.inf
     log_ratio = policy - target.masked_fill(excluded, 0.0) + log_z[:, None]
-    values = {"divergence/log_z": log_z, "divergence/excluded": excluded.to(policy.dtype).mean(-1)}
+    values = {"divergence/log_z": log_z, "divergence/excluded": (weight * excluded).mean(-1)}
     kinds = {"forward_kl": (forward_kl(), 1.0), "reverse_kl": (reverse_kl(), 1.0), "tv": (tv(), 1.0), "js": (js(), 0.5)}
     for name, (divergence, scale) in kinds.items():
-        if math.isfinite(divergence.limit) or not bool(excluded.any()):
-            inside = _terms(divergence, log_ratio)
-            values[f"divergence/{name}"] = scale * torch.where(excluded, divergence.limit, inside).mean(-1)
-    return _over_prompts(values)
+        terms = weight * torch.where(excluded, divergence.limit, _terms(divergence, log_ratio))
+        values[f"divergence/{name}"] = scale * terms.mean(-1)
+    return _over_prompts(values) | skipped
 
 
 def objective(

@@ -3,9 +3,9 @@
 A program reads texts, a reward model the tokens themselves.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from align_cli.ranges import NotEmpty
 Scorer = Callable[[str, str], float]
 """Rates a response from the texts of prompt and response (`align_cli.scorers`)."""
 
+LARGEST = float(np.finfo(np.float32).max)
 KEPT = "Checkpoints of earlier steps are whole."
 
 
@@ -73,13 +74,50 @@ class ByProgram:
     def _score(self, where: str, asked: str, text: str) -> float:
         try:
             found = self.scorer(asked, text)
-        except Exception as error:  # a scorer of the user's own may fail in any way
+        except (Exception, SystemExit) as error:  # a scorer of the user's own may fail in any way
             raise RunError(
                 f"the scorer failed with {type(error).__name__}: {error}; on a response to {where}: {text!r}. {KEPT}"
             ) from error
-        if not isinstance(found, int | float) or not math.isfinite(found):
-            raise RunError(f"the scorer gave {found!r}, no finite number, for a response to {where}: {text!r}. {KEPT}")
+        if not isinstance(found, Real) or not abs(found) <= LARGEST:
+            raise RunError(
+                f"the scorer gave {found!r}, no finite number of single precision, for a response to {where}: "
+                f"{text!r}. {KEPT}"
+            )
         return float(found)
+
+
+@dataclass
+class Alike:
+    """Whether all ratings that a run has seen are the same, so that it has nothing to learn from them.
+
+    Attributes:
+        lowest, highest: of the ratings.
+        count: of them.
+    """
+
+    lowest: float = np.inf
+    highest: float = -np.inf
+    count: int = 0
+
+    def add(self, groups: Iterable[Group]) -> None:
+        """Take in the ratings of some groups."""
+        for group in groups:
+            self.lowest = min(self.lowest, float(group.ratings.min()))
+            self.highest = max(self.highest, float(group.ratings.max()))
+            self.count += len(group.ratings)
+
+    def doubt(self) -> str | None:
+        """What is to be said against the ratings, if anything."""
+        if self.lowest < self.highest:
+            return None
+        # the rule of three: what did not occur in N trials has a rate below 3/N at 95 %
+        rate = min(100.0, 300 / self.count)
+        rare = f"; what the scorer looks for has a rate below {rate:.2g} % at 95 %" if self.highest == 0 else ""
+        return (
+            f"all {self.count:,} responses so far are rated {self.highest:g}, so that there is nothing to learn from "
+            f"them{rare}. A scorer that tells responses apart, a starting model that at times does what is wanted "
+            "(algo=sft teaches it), or more source.samples would be right."
+        )
 
 
 @dataclass(frozen=True)

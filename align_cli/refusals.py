@@ -42,7 +42,7 @@ def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
         gives = "source.samples=1" if rolls else f"data={data['name']} data.responses={config.shown(data['responses'])}"
         problems.append(
             f"algo={algorithm} compares the responses of a prompt; {gives} gives one. "
-            f"{'source.samples=2' if rolls else 'Data with several'} would be right, or algo=sft."
+            f"{'source.samples=2 would be right.' if rolls else 'Data with several would be right, or algo=sft.'}"
         )
     elif "pairs" in asked and data["pairs"] is None and given != 2 and not rolls:
         problems.append(

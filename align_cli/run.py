@@ -22,7 +22,9 @@ from align_cli.data.store import Store
 from align_cli.data.store import prepare as prepare_data
 from align_cli.engine import Engine
 from align_cli.errors import RunError, Stopped, UserError
+from align_cli.evaluate import evaluate_loss, evaluate_samples
 from align_cli.experiment import Experiment, read
+from align_cli.method import Method
 from align_cli.models.causal import load_tokenizer, read_architecture
 from align_cli.models.scalar import classifier, is_reward_model
 from align_cli.precision import Arithmetic, choose
@@ -31,7 +33,7 @@ from align_cli.references import Cached, Say, rows, weights_digest
 from align_cli.rundir import Scalar
 from align_cli.sources import Dataset, FromDataset, FromPolicy, Rollout
 from align_cli.tracking import Silent, Tracker
-from align_cli.train import Method, Progress, evaluate_loss, evaluate_samples, stop_signals, total_steps, train
+from align_cli.train import Progress, stop_signals, total_steps, train
 from align_cli.world import World
 
 
@@ -90,13 +92,15 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
             )
     if isinstance(experiment.scorer, FromModel):
         _refuse_rater(experiment, experiment.scorer.path, tokenizer)
+    source = experiment.source
     store, held_out = prepare_data(
         experiment.data,
         tokenizer,
         seed=experiment.run.seed,
         cache=paths.cache() / "data",
         say=say,
-        pairwise=experiment.pairwise,
+        pairwise=experiment.pairwise and isinstance(source, FromDataset),  # a run that samples compares samples
+        sampled=source.max_new_tokens if isinstance(source, FromPolicy) else None,
     )
     cache.touch(store.path.parent)
     _refuse_unfit(experiment, store, held_out)
@@ -114,7 +118,7 @@ def _refuse_rater(experiment: Experiment, path: str, tokenizer: PreTrainedTokeni
         classifier(architecture, path)
         other = load_tokenizer(model)
     except UserError as error:
-        raise UserError(f"scorer.path={path}: {error}") from error
+        raise UserError(f"scorer.path={path}: {str(error).removeprefix(f'model.path={path}: ')}") from error
     if other.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"scorer.path={path}: its tokenizer has other tokens than model.path={experiment.model.path}; the policy's "
@@ -150,7 +154,8 @@ def _refuse_unfit(experiment: Experiment, store: Store, held_out: Store) -> None
         if positions and prompt + source.max_new_tokens > positions[0]:
             raise UserError(
                 f"source.max_new_tokens={source.max_new_tokens}: a prompt of {prompt} tokens and it exceed the "
-                f"{positions[0]} positions of model.path={experiment.model.path}."
+                f"{positions[0]} positions of model.path={experiment.model.path}. data.max_length={positions[0]} drops "
+                "or shortens prompts that leave too little room."
             )
         return
     if positions and longest > positions[0]:
@@ -368,10 +373,11 @@ def _introduce(prepared: Prepared, engine: Engine, run_dir: Path, progress: Prog
     dtype = str(experiment.engine.dtype(engine.device)).removeprefix("torch.")
     if progress.precision["reason"]:
         dtype += f" ({progress.precision['reason']})"
-    trained = sum(p.numel() for p in engine.network.parameters() if p.requires_grad)
+    # ZeRO-3 keeps a weight's whole size beside what is left of it here
+    sizes = (vars(p).get("ds_numel", p.numel()) for p in engine.network.parameters() if p.requires_grad)
     terminal.say(
         f"{experiment.algorithm}: {distributed.world()} rank(s) on {engine.device.type}, {dtype}, "
-        f"{rows(engine.manner)} rows, engine={experiment.engine.name}; {trained:,} trained weights on this rank"
+        f"{rows(engine.manner)} rows, engine={experiment.engine.name}; {sum(sizes):,} trained weights"
     )
     going = f"goes on after step {progress.step}" if progress.step else "starts"
     prompts = min(experiment.train.prompts, len(store))

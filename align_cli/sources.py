@@ -104,6 +104,7 @@ class Sampler:
 
     Attributes:
         rate: rates what was drawn.
+        stop: the token that ends a response as the data's template writes it; the model may name further ones.
         features: raters that give the column `features`, before `rate` is asked; a target may be made of them.
         spent: seconds, by kind of work; whoever reads them clears them.
     """
@@ -112,6 +113,7 @@ class Sampler:
     tokenizer: PreTrainedTokenizerBase
     rate: Rater
     options: FromPolicy
+    stop: int
     features: Sequence[Rater] = ()
     spent: dict[str, float] = field(default_factory=dict)
 
@@ -130,7 +132,7 @@ class Sampler:
         ranks = 1 if self.engine.collective else distributed.world()
         rank = distributed.rank() % ranks
         share = prompts[rank::ranks]
-        eos_ids = stops(self.engine.network, self.tokenizer)
+        eos_ids = list(dict.fromkeys([self.stop, *stops(self.engine.network, self.tokenizer)]))
         begun = time.perf_counter()
         drawn = dict(
             sample(

@@ -98,6 +98,14 @@ def yaml_lines() -> Iterator[tuple[Path, str]]:
             yield path, line
 
 
+def test_a_folder_may_have_target_in_its_name() -> None:
+    tree = config.compose("train", ["run.dir=runs/reaches_its_target_1", "data.path=_targets_/x"])
+    assert tree["run"]["dir"] == "runs/reaches_its_target_1"
+    for code in ("algo._target_=x", "+algo={_target_: x}", "+algo={'_target_': x}", "data.path=[{_target_:x}]"):
+        with pytest.raises(UserError, match="_target_"):
+            config.compose("train", [code])
+
+
 def test_every_key_has_a_comment() -> None:
     """But for names, values that a comment at the top explains (settings), nulls, and a model's own configuration."""
     bare: list[str] = []
@@ -238,3 +246,9 @@ def test_a_configuration_without_a_whole_engine_is_refused_in_a_sentence() -> No
         experiment.read({name: section for name, section in tree.items() if name != "engine"})
     with pytest.raises(UserError, match="engine=5: a section with keys"):
         experiment.read({**tree, "engine": 5})
+
+
+def test_a_folder_may_be_called_as_a_key_that_chooses_code() -> None:
+    config.refuse_code(["run.dir=/runs/a_target_b", "data.path=_targets_"])
+    with pytest.raises(UserError, match="'_target_' is not taken"):
+        config.refuse_code(["+x={_target_:os.system}"])

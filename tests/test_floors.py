@@ -45,7 +45,19 @@ FLOORS = (
         "statistics",
         "rundir",
     ),
-    ("refusals", "experiment", "train", "evaluate", "tracking", "world", "assembly", "run", "exits"),
+    (
+        "refusals",
+        "sections",
+        "experiment",
+        "method",
+        "train",
+        "evaluate",
+        "tracking",
+        "world",
+        "assembly",
+        "run",
+        "exits",
+    ),
     ("launch", "worker", "sweep", "cli", "commands"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

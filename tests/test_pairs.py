@@ -17,7 +17,8 @@ from align_cli import assembly, run
 from align_cli.data import toy
 from align_cli.data.batches import steps
 from align_cli.data.store import Group, Store
-from align_cli.train import Meter, run_step
+from align_cli.method import Meter
+from align_cli.train import run_step
 
 PROMPTS, SIDE = 6, 3  # each of 3 good responses against each of 3 bad ones: 9 pairs of a prompt
 # algo -> its overrides; pairs hold ratings 1 and 0

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from align_cli import assembly, cli, columns, config, paths, references, run, train
 from align_cli.data.batches import members
 from align_cli.engine import Optimizer, TorchEngine, adamw
-from align_cli.experiment import Train
 from align_cli.models import causal
+from align_cli.sections import Train
 from align_cli.tracking import read_metrics
 from align_cli.train import NotFinite, WrongStart, learning_rate
 

@@ -39,7 +39,8 @@ def fdpg(
         policy: (B, K) log π_θ(y_k|x), nats.
         behavior: (B, K) log q(y_k|x) of the distribution that y_k was drawn from, nats.
         target: (B, K) log P(x, y_k), not normalised; −∞ where the target excludes y_k.
-        log_z: (B,) log Z(x) of the target, nats.
+        log_z: (B,) log Z(x) of the target, nats; −∞ where no sample so far had any of it: nothing is learned from
+            these prompts.
         divergence: D_f; with a finite `limit` where the target excludes responses.
         baseline: b; "none" is 0, as one response for each prompt needs it.
 
@@ -47,9 +48,9 @@ def fdpg(
         (B,). Its gradient is that of D_f(π_θ ‖ p) in expectation, exactly; its value means nothing.
     """
     now = policy.detach().to(torch.promote_types(policy.dtype, torch.float32))
-    excluded = target == -torch.inf
-    log_ratio = now - target.masked_fill(excluded, 0.0) + log_z[:, None]
-    reward = -torch.where(excluded, divergence.limit, divergence.f_prime(log_ratio))
+    excluded, unknown = target == -torch.inf, (log_z == -torch.inf)[:, None]
+    log_ratio = now - target.masked_fill(excluded, 0.0) + log_z[:, None].masked_fill(unknown, 0.0)
+    reward = -torch.where(excluded, divergence.limit, divergence.f_prime(log_ratio)).masked_fill(unknown, 0.0)
     weight = (now - behavior).clamp(max=STEEPEST).exp()
     if baseline == "leave_one_out":
         weighted = weight * reward

@@ -311,6 +311,8 @@ def read_architecture(model: Model) -> Any:
         )
     if not model.path or (model.path.startswith((".", "/", "~")) and not Path(model.path).is_dir()):
         raise UserError(f"model.path={model.path}: there is no such folder (seen from {Path.cwd()}).")
+    if (Path(model.path) / "model" / "config.json").is_file() and not (Path(model.path) / "config.json").is_file():
+        raise UserError(f"model.path={model.path}: a run, not a model; {Path(model.path) / 'model'} would be right.")
     try:
         config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -1,0 +1,208 @@
+"""What is computed on a micro-batch: columns, the policy's own, the loss of them, and the figures that are logged."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_cli import columns, distributed
+from align_cli.data.batches import MicroBatch, Minibatch
+from align_cli.data.store import Group
+from align_cli.engine import Engine
+from align_cli.experiment import Experiment
+from align_cli.metrics import (
+    Metrics,
+    approximation,
+    contrast,
+    critic,
+    likelihood,
+    moments,
+    objective,
+    preference,
+    ranking,
+    sampled,
+    update,
+)
+from align_cli.models.causal import Manner, measure, read_architecture
+from align_cli.models.scalar import is_reward_model
+from align_cli.references import MismatchKL
+from align_cli.reinforcement import Scaled, TokenRewards
+
+
+@dataclass
+class Meter:
+    """Sums and counts of a step's figures, over micro-batches and then over ranks; divided once."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, metrics: Metrics) -> None:
+        """Add a micro-batch's figures, a (sum, count) for each name."""
+        for name, (total, count) in metrics.items():
+            pair = torch.stack([total.detach().double(), count.detach().double().to(total.device)])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def read(self) -> dict[str, float]:
+        """The means over the step's micro-batches and ranks; every rank calls it.
+
+        An infinite divergence is no figure; an infinite loss is, for the loop to stop at.
+        """
+        # One wait for the device and one exchange, however many figures; ranks may have different ones.
+        mine = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        means: dict[str, list[float]] = {}
+        for names, pairs in distributed.gather((list(self.sums), mine)):
+            for name, (total, count) in zip(names, pairs, strict=True):
+                so_far = means.setdefault(name, [0.0, 0.0])
+                so_far[0] += total
+                so_far[1] += count
+        known = {name: total / count for name, (total, count) in means.items() if count > 0}
+        return {name: mean for name, mean in known.items() if name == "loss" or not math.isinf(mean)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is computed on a micro-batch: the loss, the columns it needs, and who makes them."""
+
+    experiment: Experiment
+    producers: Mapping[str, columns.Column]
+    made: tuple[str, ...]
+
+    @torch.no_grad()
+    def columns(self, engine: Engine, batches: Sequence[MicroBatch]) -> list[dict[str, Any]]:
+        """The columns of each micro-batch of a step, without the policy's own; every rank calls it.
+
+        They are made one by one for the whole step, so that a producer may look at all of it.
+        """
+        filled: list[dict[str, Any]] = []
+        for batch in batches:
+            batch = batch.to(engine.device)
+            given = {"ratings": batch.ratings, "lengths": batch.lengths, "mask": batch.mask(), "batch": batch}
+            if batch.behavior is not None:
+                given |= {"behavior_tokens": batch.behavior, "behavior": batch.behavior.sum(-1)}
+            if self.experiment.remembers:
+                given |= remembered(engine.measure(batch))
+            filled.append(given | batch.given)
+        for name in self.made:
+            if isinstance(producer := self.producers[name], columns.Gathers):
+                producer.gather(filled)
+            for each in filled:
+                each[name] = columns.evaluate(self.producers[name], each)
+        return filled
+
+    def measured(self, engine: Engine, filled: Mapping[str, Any]) -> dict[str, Any]:
+        """All columns of a micro-batch, the policy's with gradient.
+
+        Responses that were sampled for the only update of this step come from the policy as it is: their probability
+        under it then is the one that the loss sees, to the last bit.
+        """
+        now = engine.measure(filled["batch"])
+        if "behavior" in filled and self.experiment.on_policy and not self.experiment.remembers:
+            return {**filled, **now, **remembered(now)}
+        return {**filled, **now}
+
+    def elements(self, filled: Mapping[str, Any]) -> Tensor:
+        """The loss of each prompt (B,) or of each response token (B, K, T)."""
+        return columns.evaluate(self.experiment.loss, filled)
+
+    def begin(self, groups: Iterable[Group]) -> None:
+        """What must be known of a whole step before its first micro-batch; every rank calls it."""
+        for name in self.made:
+            producer = self.producers[name]
+            if isinstance(producer, MismatchKL):
+                producer.begin(list(groups))
+
+    def count(self, minibatch: Minibatch) -> int:
+        """What the loss of an update is divided by: its prompts, or its response tokens."""
+        return minibatch.response_tokens if self.experiment.per_token else len(minibatch.groups)
+
+    def size(self, filled: Mapping[str, Any]) -> Tensor:
+        """A micro-batch's share of `count`."""
+        if self.experiment.per_token:
+            return filled["lengths"].sum()
+        return torch.tensor(len(filled["lengths"]))
+
+    @torch.no_grad()
+    def first(self, engine: Engine, filled: Mapping[str, Any]) -> Metrics:
+        """What the first step is judged by: `exact`, `start` and `drift`, before the first update.
+
+        With a reference, `exact` is the closed form of the loss while policy and reference are the same, `start` the
+        loss with the policy in the reference's place, and `drift` how far the two are apart, in nats per token. In
+        fp32 the loss itself is held to `exact`. Below fp32 a reference that was measured in another micro-batch
+        differs by rounding, which a steep loss multiplies; then `start` is held to it, and `drift` to rounding.
+
+        Without a reference, `exact` is the loss of log-probabilities that are computed the plain way, a padded
+        sequence for each response.
+
+        A reward model starts without preferences: `exact` is the loss of scores that are all 0. One that is trained
+        further is held to scores that are computed the plain way.
+
+        Sampled responses are judged by `drift` alone: how far the sampler's log-probabilities are from the policy's.
+        """
+        size = self.size(filled)
+        if "behavior" in filled:
+            sampler = filled["batch"].behavior.sum(-1)
+            drift = ((filled["policy"].detach() - sampler) / filled["lengths"]).abs().mean(-1)
+            return {"drift": (drift.sum(), torch.tensor(len(drift)))} if self.experiment.on_policy else {}
+        if "scores" in filled and not is_reward_model(read_architecture(self.experiment.model)):
+            started = {**filled, "scores": torch.zeros_like(filled["scores"])}
+            return {"exact": (self.elements(started).sum(), size)}
+        if self.experiment.at_reference is None:
+            plain = measure(engine.module(), filled["batch"], Manner(flat=False, scalar=engine.manner.scalar))
+            return {"exact": (self.elements({**filled, **plain}).sum(), size)}
+        if self.experiment.reference.path:
+            return {}
+        exact = columns.evaluate(self.experiment.at_reference, filled)
+        policy = filled["policy"].detach()
+        start = self.elements({**filled, "policy": policy, "reference": policy})
+        drift = ((policy - filled["reference"]) / filled["lengths"]).abs().mean(-1)
+        apart = (drift.sum(), torch.tensor(len(drift)))
+        return {"exact": (exact.sum(), size), "start": (start.sum(), size), "drift": apart}
+
+    def metrics(self, filled: Mapping[str, Any]) -> Metrics:
+        """The figures that are logged beside the loss."""
+        if "scores" in filled:
+            return ranking(filled["scores"], filled["pairs"])
+        if "behavior" in filled:
+            return self._of_samples(filled)
+        if "reference" not in filled:
+            return likelihood(filled["policy"], filled["ratings"], filled["lengths"])
+        return preference(
+            filled["policy"], filled["reference"], filled["ratings"], filled["lengths"], beta=self.experiment.beta
+        )
+
+    def _of_samples(self, filled: Mapping[str, Any]) -> Metrics:
+        found = sampled(filled["policy"], filled["reference"], filled["ratings"], filled["lengths"])
+        if "target" in filled:
+            found |= approximation(filled["policy"], filled["behavior"], filled["target"], filled["log_z"])
+        if self.experiment.moments is not None:
+            found |= moments(filled["features"], names=list(self.experiment.moments.features))
+        if "advantages" in filled:
+            tokens = (filled["policy_tokens"], filled["behavior_tokens"], filled["mask"])
+            found |= update(*tokens, clip=float(self.experiment.tree["algo"]["clip"]))
+        if "token_rewards" in filled:
+            found |= self._of_rewards(filled)
+        if "returns" in filled:
+            found |= critic(filled["values"], filled["returns"], filled["mask"])
+        if "baselines" in filled:
+            found |= contrast(filled["ratings"], filled["baselines"], filled["rewards"])
+            if isinstance(scaled := self.producers["rewards"], Scaled):
+                found["contrastive/lambda"] = (torch.tensor(scaled.scale), torch.tensor(1))
+        return found
+
+    def _of_rewards(self, filled: Mapping[str, Any]) -> Metrics:
+        penalty = self.producers["token_rewards"]
+        assert isinstance(penalty, TokenRewards)
+        names = ("behavior_tokens", "reference_tokens", "ratings", "rewards", "mask")
+        found = objective(*(filled[name] for name in names), beta=penalty.beta)
+        return {**found, "objective/beta": (torch.tensor(penalty.beta), torch.tensor(1))}
+
+    def state(self) -> dict[str, Any]:
+        """What producers have learnt on the way, for a checkpoint."""
+        return {name: maker.state() for name, maker in self.producers.items() if isinstance(maker, columns.Learns)}
+
+
+def remembered(measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The policy's own columns as those of the policy that sampled, without gradient."""
+    return {columns.REMEMBERED[name]: column.detach() for name, column in measured.items()}
