@@ -1,12 +1,13 @@
 """`align ls`, `show`, `cp` and `doctor` say what there is and what works."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from align_cli import rundir, terminal
+from align_cli import config, experiment, rundir, terminal
 from align_cli.commands import doctor, listing
 from align_cli.errors import UserError
 
@@ -108,3 +109,18 @@ def test_colour_needs_a_terminal_and_no_objection(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
     assert terminal.paint("ok", "green", sys.stdout) == "ok"
+
+
+def documented() -> list[str]:
+    """README's `align train` commands, without what stands beside them."""
+    text = re.sub(r"\\\n +", " ", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"))
+    lines = re.findall(r"^ {4}align train( .*)?$", text, re.MULTILINE)
+    commands = [re.split(r" {3,}", line)[0].strip() for line in lines]
+    return [each for each in commands if "KEY=VALUE" not in each and "--plugin" not in each]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_a_command_of_readme_means_something(command: str) -> None:
+    words = command.split()
+    first = [word.partition(",")[0] if "-m" in words else word for word in words if word != "-m"]
+    experiment.read(experiment.placed(config.compose("train", first), "unused"))

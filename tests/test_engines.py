@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forks
+from ranks import together
 from small_runs import align, build_model, largest_difference, losses, overrides, read, summary, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,33 +105,6 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(architecture).save_pretrained(folder)
     return folder
-
-
-def together(folder: Path, run_dirs: list[Path]) -> None:
-    """Two ranks that live through all the runs; see ranks.py."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    script = Path(__file__).with_name("ranks.py")
-    ranks: list[subprocess.Popen[bytes]] = []
-    for rank in ("0", "1"):
-        with open(folder / f"{rank}.log", "wb") as log:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, str(script), str(os.getpid()), *map(str, run_dirs)],
-                    env={**environment, "RANK": rank, "LOCAL_RANK": rank},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    try:
-        for rank, process in enumerate(ranks):
-            assert process.wait(timeout=240) == 0, (folder / f"{rank}.log").read_text()[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
 
 
 def test_two_ranks_compute_what_one_process_computes(

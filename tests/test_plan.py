@@ -88,6 +88,22 @@ def test_the_memory_of_mistral_7b_is_that_of_a_hand_calculation(
         assert word in text
 
 
+def test_the_keys_and_values_of_samples_are_planned_where_they_need_more_than_training() -> None:
+    given = [o for o in THE_COMMAND if not o.startswith("algo=")] + [
+        "algo=rloo",
+        "scorer=compiles",
+        "train.prompts=128",
+    ]
+    few, many = (checked(*given, *GPU, f"source.sequences={n}", "source.max_new_tokens=815") for n in (16, 512))
+    shape = memory.shape(few.model, few.adapter)
+    trained, sampling = experiment.terms(few, shape), experiment.terms(many, shape)
+    assert "keys and values of samples" not in trained
+    # 512 sequences of 185 + 815 tokens, in 32 layers a key and a value of 1,024 numbers in bf16
+    assert sampling["keys and values of samples"] == 512 * 1000 * 32 * 2 * 1024 * 2
+    assert "activations" not in sampling and "logits" not in sampling
+    assert sampling["weights"] == trained["weights"]
+
+
 def test_full_fine_tuning_under_zero_3_is_18_bytes_a_weight_over_the_gpus() -> None:
     full = checked(*THE_COMMAND, *GPU, "adapter=none")
     found = experiment.terms(full, memory.shape(full.model, full.adapter))

@@ -4,15 +4,26 @@ The files lie in `../shared/data` beside a checkout and are not part of the proj
 """
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from ranks import together
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from align_cli import rundir
+from align_cli import config, rundir
 from align_cli.cli import dispatch
 
 FOLDER = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -138,7 +149,6 @@ def test_a_malformed_row_stops_the_run_unless_it_is_allowed(
 def test_all_rows_of_a_file_are_accounted_for(
     file: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from align_cli import config
     from align_cli.data.options import Data
     from align_cli.data.store import prepare
     from align_cli.models.causal import Model, load_tokenizer
@@ -147,7 +157,7 @@ def test_all_rows_of_a_file_are_accounted_for(
     section = Model(name="hf", path=str(model), revision=None, rows="auto", head="auto", architecture=None)
     options = config.build(Data, tree["data"])
     train, held_out = prepare(
-        options, load_tokenizer(section), seed=0, cache=tmp_path, say=lambda text: None, pairwise=False
+        options, load_tokenizer(section), seed=0, cache=tmp_path, say=lambda text: None, pairwise=False, sampled=None
     )
     with open(FOLDER / file, encoding="utf-8") as stream:
         rows = sum(1 for _ in stream)
@@ -155,3 +165,114 @@ def test_all_rows_of_a_file_are_accounted_for(
     assert len(train) + len(held_out) + sum(int(train.report[reason]) for reason in LOST) == rows
     assert train.report["malformed"] == (1 if file == HH else 0)
     assert set(train.responses.tolist()) == ({2} if file == HH else {4})
+
+
+# --- a policy from preferences: SFT, a reward model, PPO with contrastive rewards
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+STAGES = ("sft", "rater", "ppo")
+RESPONSES = 8  # of each prompt: sampled in a step, and of the starting model
+SMALL = {
+    "": ["data.max_length=256", "data.held_out=8", "track=none", "launch.accelerator=cpu", "train.lr=1e-3"],
+    "sft": ["train.steps=3", "train.prompts=16", "eval.groups=4"],
+    "rater": ["train.steps=3", "train.prompts=16"],
+    "ppo": [
+        "train.steps=2",
+        "train.prompts=16",
+        f"source.samples={RESPONSES}",
+        f"reward.responses={RESPONSES}",
+        "source.max_new_tokens=6",
+        "eval.groups=4",
+    ],
+}
+DATA = {  # dataset -> what README says to write for `data=hh data.path=ROWS`, and how much of it is read
+    "hh": ["data=hh", f"data.path={FOLDER / HH}", "data.limit=48"],
+    "gsm8k": ["data=file", "data.pairs=all", f"data.path={FOLDER / GSM}", "data.limit=64"],
+}
+
+
+def documented(stage: str) -> list[str]:
+    """README's command of a stage, without `align train`."""
+    text = README.read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = re.findall(rf"^    align train (.* data=hh data\.path=ROWS run\.dir={stage})$", text, re.MULTILINE)
+    return line.split()
+
+
+def command(stage: str, dataset: str, model: Path) -> list[str]:
+    """The same on a dataset that is here, and small."""
+    given = ["model.path=" + str(model) if word == "model.path=FOLDER" else word for word in documented(stage)]
+    assert {"data=hh", "data.path=ROWS"} < set(given)
+    given = [word for word in given if word not in ("data=hh", "data.path=ROWS")]
+    return [*given, *DATA[dataset], *SMALL[""], *SMALL[stage]]
+
+
+def lines_of(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def spread(cache: Path) -> float:
+    """The deviation of a score among the starting model's responses to one prompt."""
+    (kept,) = (cache / "baselines").glob("*.npz")
+    with np.load(kept) as told:
+        return float(told["ratings"].var(axis=1, ddof=1).mean() ** 0.5)
+
+
+def assert_a_policy_was_made(folder: Path, cache: Path) -> None:
+    """What holds of the three runs whatever the data says."""
+    told = {stage: lines_of(folder / stage) for stage in STAGES}
+    for stage in STAGES:
+        summary = rundir.read_summary(folder / stage)
+        assert summary is not None
+        figures = [*summary.values(), *(value for line in told[stage] for value in line.values())]
+        assert all(math.isfinite(value) for value in figures if isinstance(value, int | float)), stage
+        AutoTokenizer.from_pretrained(folder / stage / "model")
+    assert told["sft"][-1]["loss"] < told["sft"][0]["loss"] - 0.01
+
+    # scores are 0 at first, and equal scores agree by half
+    assert told["rater"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    judged = rundir.read_summary(folder / "rater")
+    assert judged is not None and judged["eval/before/rewards/accuracies"] == 0.5
+    assert 0 <= float(str(judged["eval/after/rewards/accuracies"])) <= 1
+
+    first = told["ppo"][0]
+    assert first["val/ratio"] == pytest.approx(1, abs=1e-4)
+    # Two means of 8 responses to each of 16 prompts: their difference has this deviation within a prompt.
+    error = spread(cache) * (2 / RESPONSES / 16) ** 0.5
+    assert error > 0 and abs(first["contrastive/score_mean"]) < 4 * error
+    assert first["contrastive/score_mean"] == pytest.approx(
+        first["contrastive/raw_score_mean"] - first["contrastive/baseline_mean"], abs=1e-6
+    )
+
+    for stage, kind in (("sft", AutoModelForCausalLM), ("ppo", AutoModelForCausalLM)):
+        loaded: Any = kind.from_pretrained(folder / stage / "model", output_loading_info=True)
+        assert not loaded[1]["missing_keys"] and not loaded[1]["unexpected_keys"]
+    rater: Any = AutoModelForSequenceClassification.from_pretrained(
+        folder / "rater" / "model", output_loading_info=True
+    )
+    assert rater[0].config.num_labels == 1 and not rater[1]["missing_keys"] and not rater[1]["unexpected_keys"]
+
+
+@pytest.mark.parametrize("dataset", DATA)
+def test_the_documented_commands_make_a_policy_of_preferences(
+    dataset: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for stage in STAGES:
+        assert dispatch(["train", *command(stage, dataset, model)]) == 0
+    assert_a_policy_was_made(tmp_path, tmp_path / "cache")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "held-out preferences that it agrees with: 50.0% -> " in said and "held-out mean rating: " in said
+
+
+def test_two_ranks_of_zero3_make_a_policy_of_preferences(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    for stage in STAGES:
+        (tmp_path / stage).mkdir()
+        placed = re.compile(r"(?<=[rlh]=)(?=(?:sft|rater|ppo)(?:/model)?$)")  # of run.dir, model.path, scorer.path
+        given = [placed.sub(f"{tmp_path}/", word) for word in command(stage, "hh", model)]
+        rundir.write_config(tmp_path / stage, config.compose("train", [*given, "engine=zero3", "launch.devices=2"]))
+    together(tmp_path, [tmp_path / stage for stage in STAGES])
+    assert_a_policy_was_made(tmp_path, tmp_path / "cache")

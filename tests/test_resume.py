@@ -31,6 +31,15 @@ def command(tiny_model: Path, ragged_file: Path) -> Command:
     return lambda run_dir: ["train", *overrides(tiny_model, ragged_file, run_dir, *settings)]
 
 
+@pytest.fixture
+def online(tiny_model: Path, ragged_file: Path) -> Command:
+    """The same of a run that learns from its own samples, with all that such a run keeps from step to step."""
+    sampled = ("source.samples=3", "source.max_new_tokens=6", "source.minibatches=2", "scorer=matches")
+    learnt = ("algo=ppo", "kl=adaptive", "reward=contrastive", "reward.scaling=dynamic", "scorer.pattern='^[0-4]'")
+    settings = (*learnt, *sampled, f"train.steps={STEPS}", "checkpoint.every=2", "eval.groups=2", "train.lr=1e-2")
+    return lambda run_dir: ["train", *overrides(tiny_model, ragged_file, run_dir, *settings)]
+
+
 def steps(run_dir: Path) -> list[int]:
     return [line["step"] for line in read_metrics(run_dir)]
 
@@ -41,18 +50,29 @@ def same(run_dir: Path, calm: Path) -> None:
     assert losses(run_dir) == losses(calm)
     assert largest_difference(weights(run_dir), weights(calm)) == 0.0
     timed = ("groups_per_second", "tokens_per_second", "peak_memory_gb", *REFERENCE)
-    one, other = ({k: v for k, v in summary(each).items() if k not in timed} for each in (run_dir, calm))
+    one, other = (
+        {k: v for k, v in summary(each).items() if k not in timed and not k.startswith("seconds/")}
+        for each in (run_dir, calm)
+    )
     assert one == other
+    for mine, theirs in zip(read_metrics(run_dir), read_metrics(calm), strict=True):
+        assert {k: v for k, v in mine.items() if not k.startswith("seconds/")} == {
+            k: v for k, v in theirs.items() if not k.startswith("seconds/")
+        }
 
 
-def test_twenty_kills_at_random_moments_change_nothing(forks: Forks, command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind, kills", [("command", KILLS), ("online", 8)])
+def test_kills_at_random_moments_change_nothing(
+    forks: Forks, kind: str, kills: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    command: Command = request.getfixturevalue(kind)
     calm = tmp_path / "calm"
     assert forks.run(*command(calm)) == exits.DONE
     rng = random.Random(0)
     run_dir = tmp_path / "stormy-0"
     reached: list[int] = []  # the last step that was logged before each kill
     ends = 0
-    while len(reached) < KILLS:
+    while len(reached) < kills:
         before = steps(run_dir)[-1] if steps(run_dir) else 0
         target = min(before + rng.randint(0, 5), STEPS)
         child = forks.start(*command(run_dir))
@@ -74,7 +94,7 @@ def test_twenty_kills_at_random_moments_change_nothing(forks: Forks, command: Co
         assert all(checkpoint.step % 2 == 0 for checkpoint in committed(run_dir / "checkpoints"))
     assert forks.run(*command(run_dir)) == exits.DONE
     same(run_dir, calm)
-    assert len(set(reached)) > KILLS / 4  # they fell into different steps
+    assert len(set(reached)) > kills / 4  # they fell into different steps
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -465,6 +465,13 @@ def test_a_rater_that_does_not_fit_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_run_in_the_place_of_its_model_is_refused(
+    trained: Path, model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = refused(capsys, *overrides(model, rows, tmp_path, *ONLINE, "scorer=model", f"scorer.path={trained}"))
+    assert f"scorer.path={trained}: a run, not a model; {trained / 'model'} would be right" in found
+
+
 @pytest.mark.parametrize(
     "more, told",
     [

@@ -1,6 +1,8 @@
 """Runs that learn from their own samples: what is drawn, how it is scored, and that it does what it says."""
 
 import math
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import align, build_model, largest_difference, overrides, summary, weights, write_rows
+from enumerable import candidates, random_parts
+from safetensors.torch import load_file
+from small_runs import align, build_model, largest_difference, overrides, read, summary, weights, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_cli import scorers
+from align_cli import assembly, distributed, run, scorers
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
 from align_cli.errors import RunError
@@ -38,7 +42,8 @@ def sampler(model: Path, scorer: Any = lambda prompt, response: float(len(respon
     options |= {"missing_eos_penalty": 0.0, "minibatches": 1, "epochs": 1}
     engine: Any = SimpleNamespace(network=network, collective=False, manner=Manner(flat=False))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return Sampler(engine, tokenizer, ByProgram(scorer, tokenizer), FromPolicy(**{**options, **changed}))
+    rater, section = ByProgram(scorer, tokenizer), FromPolicy(**{**options, **changed})
+    return Sampler(engine, tokenizer, rater, section, int(tokenizer.eos_token_id))
 
 
 def prompts(model: Path, *texts: str) -> list[Group]:
@@ -88,9 +93,13 @@ def test_a_score_is_of_the_texts_without_special_tokens(model: Path) -> None:
     assert drawn[0].ratings.tolist() == [1.0] * 3
 
 
-@pytest.mark.parametrize("value, told", [(math.nan, "nan"), (None, "None"), (math.inf, "inf"), ("1", "'1'")])
+@pytest.mark.parametrize(
+    "value, told", [(math.nan, "nan"), (None, "None"), (math.inf, "inf"), (1e39, "1e\\+39"), ("1", "'1'")]
+)
 def test_a_score_that_is_no_number_names_the_row(model: Path, value: Any, told: str) -> None:
-    with pytest.raises(RunError, match=rf"gave {told}, no finite number, for a response to rows\.jsonl:1"):
+    with pytest.raises(
+        RunError, match=rf"gave {told}, no finite number of single precision, for a response to rows\.jsonl:1"
+    ):
         sampler(model, lambda prompt, response: value).draw(prompts(model, "1+2="), (5, 1), samples=3)
 
 
@@ -98,6 +107,17 @@ def test_a_scorer_that_fails_names_the_row_and_its_reason(model: Path) -> None:
     with pytest.raises(RunError, match=r"failed with ZeroDivisionError: .*; on a response to rows\.jsonl:2"):
         failing = sampler(model, lambda prompt, response: 1 / (prompt != "3+4="))
         failing.draw(prompts(model, "1+2=", "3+4="), (5, 1), samples=3)
+
+
+def test_a_scorer_that_ends_the_program_fails_like_any_other(model: Path) -> None:
+    with pytest.raises(RunError, match=r"failed with SystemExit: 0; on a response to rows\.jsonl:1"):
+        sampler(model, lambda prompt, response: sys.exit(0)).draw(prompts(model, "1+2="), (5, 1), samples=3)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.int64(2), True])
+def test_a_score_may_be_any_real_number(model: Path, value: Any) -> None:
+    drawn = sampler(model, lambda prompt, response: value).draw(prompts(model, "1+2="), (5, 1), samples=3)
+    assert drawn[0].ratings.tolist() == [float(value)] * 3
 
 
 def test_scorers_of_words_patterns_and_programs() -> None:
@@ -137,6 +157,23 @@ def test_z_is_the_mean_of_all_samples_so_far() -> None:
     assert again(*args).tolist() == apart(*args).tolist()
 
 
+def test_z_is_exact_where_each_response_is_drawn_as_often_as_its_proposal_says() -> None:
+    parts = [random_parts(9, seed) for seed in (1, 2)]
+    target = torch.randn(2, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target[:, 4] = -math.inf
+    shared, apart = LogZ("shared"), LogZ("prompt")
+    for place, part in enumerate(parts):
+        drawn = candidates(part)
+        behavior = (part.double() / part.sum()).log()
+        columns = batch_of([target[place, drawn].tolist()], [behavior[drawn].tolist()], [[place]])
+        apart.gather([columns])
+        shared.gather([columns])
+        args = (columns["batch"], columns["target"], columns["behavior"])
+        torch.testing.assert_close(apart(*args).double()[0], target[place].logsumexp(-1), rtol=0, atol=1e-6)
+    of_all = (target.logsumexp(-1).exp() * torch.stack([part.sum() for part in parts])).sum() / torch.cat(parts).sum()
+    assert math.exp(float(shared(*args)[0])) == pytest.approx(float(of_all), rel=1e-6)
+
+
 def test_a_prompt_whose_samples_are_all_excluded_has_z_0_and_its_state_is_json() -> None:
     log_z = LogZ("prompt")
     columns = batch_of([[-math.inf]], [[-1.0]], [[1]])
@@ -169,6 +206,70 @@ def test_fdpg_moves_the_policy_towards_its_target(model: Path, rows: Path, tmp_p
     assert found["divergence/js"] == found["eval/after/divergence/js"]
     lines = read_metrics(tmp_path / "run")
     assert {"rollout/score", "rollout/kl", "rollout/entropy", "divergence/log_z"} <= lines[-1].keys()
+    for line in lines:  # it is infinite where any sample of the step is excluded
+        assert ("divergence/reverse_kl" in line) == (line["divergence/excluded"] == 0)
+
+
+def test_a_response_in_a_conversation_ends_where_the_template_ends_a_turn(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """The turn's end is also the padding, and neither the tokenizer's nor the model's end of a sequence."""
+    shutil.copytree(model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}={{ m.content }}<pad>{% endfor %}"
+        "{% if add_generation_prompt %}a={% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    turn, end = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    assert turn != end
+    given = ["algo=rloo", "scorer=contains", "scorer.words=[a]", "data.template=chat", *ONLINE, "train.prompts=24"]
+    experiment = read(overrides(tmp_path / "model", rows, tmp_path / "run", *given, "source.max_new_tokens=12"))
+    prepared = run.prepare(experiment, lambda text: None)
+    engine = assembly.build_engine(experiment, distributed.local_device("cpu"))
+    (step,) = assembly.build_source(prepared, engine, "").steps(1, 1)
+    last: set[int] = set()
+    for group in (step.store[index] for index in step.groups):
+        assert tokenizer.decode(group.prompt).endswith("=<pad>a=")
+        for response in map(list, group.responses):
+            assert not {turn, end} & set(response[:-1])
+            assert response[-1] in (turn, end) or len(response) == 12
+            last.add(response[-1])
+    assert {turn, end} < last
+
+
+NEVER = ("algo=fdpg", "divergence=js", "scorer=matches", "scorer.pattern=ZZZ", "train.steps=2", *ONLINE)
+
+
+@pytest.mark.parametrize("more", [[], ["algo.baseline=none"], ["target.normaliser=prompt", "algo.baseline=none"]])
+def test_what_never_occurs_is_said_and_changes_no_weight(
+    model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    assert align("train", *overrides(model, rows, tmp_path / "run", *NEVER, *more)) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    # of n responses none: the rate is below 3/n at 95 %
+    assert "all 16 responses so far are rated 0, so that there is nothing to learn from them" in told
+    assert "a rate below 19 % at 95 %" in told and "all 32 responses" in told and "a rate below 9.4 % at 95 %" in told
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "run" / "model"))
+    assert largest_difference(before, after) == 0
+    assert all(line["divergence/skipped"] == 1 and line["loss"] == 0 for line in read_metrics(tmp_path / "run"))
+
+
+def test_nothing_is_said_once_ratings_differ(
+    model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["algo=rloo", "scorer=matches", "scorer.pattern='^[0-4]'", "train.steps=2", *ONLINE]
+    assert align("train", *overrides(model, rows, tmp_path / "run", *given)) == 0
+    assert "so far are rated" not in capsys.readouterr().err
+
+
+def test_a_target_that_excludes_what_the_divergence_forbids_says_so(
+    model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["divergence=reverse_kl", "target=classifier", "scorer.pattern='^[0-4]'"]
+    assert align("train", *overrides(model, rows, tmp_path / "run", *NEVER, *given)) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "The target excludes 75% of the samples; divergence=js, tv, " in told
 
 
 @pytest.mark.parametrize("algo", ["dpo", "nca", "info_nca", "exo"])
