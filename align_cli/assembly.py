@@ -1,5 +1,6 @@
 """The parts of a run, put together: the policy in its engine, the makers of columns, the loss over them."""
 
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align_cli import baselines, columns, config, distributed, paths, terminal
+from align_cli.data import toy
 from align_cli.data.batches import members, steps_per_epoch
 from align_cli.data.store import Group, Store
-from align_cli.data.tokens import Template
+from align_cli.data.tokens import Template, identity
 from align_cli.engine import (
     DeepSpeedEngine,
     Engine,
@@ -45,7 +47,7 @@ from align_cli.models.head import Head, transform_of
 from align_cli.models.scalar import attach_value_head, load_reward_model
 from align_cli.models.scalar import error_of as scalar_error
 from align_cli.normaliser import LogZ
-from align_cli.raters import ByModel, ByProgram, FirstFeature, FromModel, Rater
+from align_cli.raters import ByModel, ByProgram, FirstFeature, FromModel, Rater, Within
 from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics, rows, weights_digest
 from align_cli.reinforcement import Scaled, TokenRewards, Whitened, summed
 from align_cli.sections import Moments
@@ -305,6 +307,7 @@ def _baselines(prepared: Prepared, sampler: Sampler, engine: Engine, digest: str
         ),
         "scorer": experiment.tree["scorer"],
         "code": _content(experiment),
+        "tokenizer": identity(prepared.tokenizer),
     }
     return baselines.prepare(
         sampler,
@@ -348,9 +351,19 @@ def _fitted(source: Rollout, moments: Moments) -> dict[str, Any]:
 def _content(experiment: Experiment) -> str:
     """What decides a rating beside the options of the `scorer` section: a program's text, or a model's weights."""
     if not isinstance(experiment.scorer, FromModel):
-        return inspect.getsource(config.find("align_cli.scorers", experiment.tree["scorer"]["name"], "scorer"))
+        scorer = config.find("align_cli.scorers", experiment.tree["scorer"]["name"], "scorer")
+        return "\n".join(path.read_text(encoding="utf-8") for path in _sources(scorer))
     model = replace(experiment.model, path=experiment.scorer.path, revision=None)
     return weights_digest(model.path, vars(read_architecture(model)).get("_commit_hash"))
+
+
+def _sources(scorer: Callable[..., Any]) -> list[Path]:
+    """The files that a scorer is made of: ours and the embedded world's, or all of a plugin's package."""
+    own = Path(inspect.getfile(scorer))
+    if scorer.__module__.partition(".")[0] == __package__:
+        return [own, Path(toy.__file__)]
+    package = Path(inspect.getfile(importlib.import_module(scorer.__module__.partition(".")[0])))
+    return sorted(package.parent.rglob("*.py")) if package.name == "__init__.py" else [own]
 
 
 def build_rater(prepared: Prepared, engine: Engine) -> Rater:
@@ -358,7 +371,8 @@ def build_rater(prepared: Prepared, engine: Engine) -> Rater:
     experiment = prepared.experiment
     assert experiment.scorer is not None, "a rollout was checked to have one"
     if not isinstance(experiment.scorer, FromModel):
-        return ByProgram(experiment.scorer, prepared.tokenizer)
+        rate = ByProgram(experiment.scorer, prepared.tokenizer)
+        return Within(rate) if "ratings" in experiment.target_asks else rate
     model = replace(experiment.model, path=experiment.scorer.path, revision=None)
     dtype = experiment.engine.dtype(engine.device)
     network, called = _beside(experiment, engine.device, lambda: load_reward_model(model, dtype=dtype))

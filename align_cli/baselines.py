@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from align_cli import distributed
+from align_cli import distributed, terminal
 from align_cli.data.store import Group
 from align_cli.references import Say
 from align_cli.sources import Sampler
 
+CHUNK = 1024  # prompts after which what was drawn is written
 NUMBER = 2**31 - 1  # takes the place of a step's number in seeds
 
 Ratings = NDArray[np.float32]
@@ -59,13 +60,8 @@ def prepare(
         kept: folder of such ratings.
         origin: what decides the ratings beside prompt, N, seed and the sampler's options, as JSON.
     """
-    told = {
-        "origin": origin,
-        "responses": responses,
-        "seed": seed,
-        "options": vars(sampler.options),
-        "stop": sampler.stop,
-    }
+    options = {name: vars(sampler.options)[name] for name in ("temperature", "max_new_tokens", "missing_eos_penalty")}
+    told = {"origin": origin, "responses": responses, "seed": seed, "options": options, "stop": sampler.stop}
     key = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
     path = kept / f"{key}.npz"
     there = distributed.gather(_read(path) if distributed.rank() == 0 else {})[0]
@@ -77,11 +73,15 @@ def prepare(
     )
     # A prompt's seed is its name, so that its samples do not depend on its place in the data.
     asked = [replace(group, index=int(name[:12], 16)) for name, group in missing.items()]
-    drawn = sampler.draw(asked, (seed, NUMBER), samples=responses)
+    found, names = dict(there), list(missing)
+    for start in range(0, len(asked), CHUNK):
+        drawn = sampler.draw(asked[start : start + CHUNK], (seed, NUMBER), samples=responses)
+        found |= {name: group.ratings for name, group in zip(names[start : start + CHUNK], drawn, strict=True)}
+        if distributed.rank() == 0:
+            _write(path, found)
+        if start + CHUNK < len(asked):
+            say(f"{start + CHUNK:,} of {len(asked):,} prompts have their baseline responses")
     sampler.spent.clear()
-    found = there | {name: group.ratings for name, group in zip(missing, drawn, strict=True)}
-    if missing and distributed.rank() == 0:
-        _write(path, found)
     return Baselines(found)
 
 
@@ -97,8 +97,11 @@ def _read(path: Path) -> dict[str, Ratings]:
 
 
 def _write(path: Path, found: Mapping[str, Ratings]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        np.savez(file, names=np.array(list(found)), ratings=np.stack(list(found.values())))
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, names=np.array(list(found)), ratings=np.stack(list(found.values())))
+        partial.replace(path)
+    except OSError as error:  # the run has them in memory
+        terminal.warn(f"baseline ratings cannot be kept in {path}: {error.strerror}; another run draws them again")

@@ -43,6 +43,29 @@ class Rater(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Within:
+    """Rates by another rater whose ratings must lie between 0 and 1."""
+
+    rate: Rater
+
+    def __call__(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
+        """(K,) of each group.
+
+        Raises:
+            RunError: one does not.
+        """
+        found = self.rate(groups)
+        for group, ratings in zip(groups, found, strict=True):
+            beyond = ratings[(ratings < 0) | (ratings > 1)]
+            if len(beyond):
+                raise RunError(
+                    f"a response to {group.where} is rated {beyond[0]:g}; the target weighs responses by ratings "
+                    f"between 0 and 1. target=rlhf takes any. {KEPT}"
+                )
+        return found
+
+
 class FirstFeature:
     """Rates by the first of the features that the groups hold."""
 
@@ -67,8 +90,11 @@ class ByProgram:
         return [self._of(group) for group in groups]
 
     def _of(self, group: Group) -> NDArray[np.float32]:
-        told = [each.tolist() for each in (group.prompt, *group.responses)]
-        asked, *texts = self.tokenizer.batch_decode(told, skip_special_tokens=True)
+        # Together with its prompt: some tokenizers take the first space off whatever they decode.
+        prompt = group.prompt.tolist()
+        told = [prompt, *([*prompt, *response.tolist()] for response in group.responses)]
+        asked, *whole = self.tokenizer.batch_decode(told, skip_special_tokens=True)
+        texts = [text.removeprefix(asked) for text in whole]
         return np.array([self._score(group.where, asked, text) for text in texts], dtype=np.float32)
 
     def _score(self, where: str, asked: str, text: str) -> float:

@@ -109,6 +109,22 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
             "the target excludes responses. target.floor=0.001 excludes none; js, tv, forward_kl, hellinger, alpha and "
             "forward_chi2 are finite."
         )
+    if target and "features" in target and tree["reference"].get("path") is not None:
+        problems.append(
+            f"target={target['name']} reference.path={tree['reference']['path']}: λ is fitted on samples of the policy "
+            "as it starts, which must be the reference. reference.path=null would be right."
+        )
+    if target and target["name"] in PROBABILITIES:
+        if (tree.get("scorer") or {}).get("name") == "model":
+            problems.append(
+                f"target={target['name']} scorer=model: a reward model's scores are no numbers between 0 and 1. "
+                "target=rlhf takes them."
+            )
+        if tree["source"]["missing_eos_penalty"]:
+            problems.append(
+                f"target={target['name']} source.missing_eos_penalty={tree['source']['missing_eos_penalty']}: ratings "
+                "are weights between 0 and 1 here. source.missing_eos_penalty=0 would be right."
+            )
     samples = tree["source"]["samples"]
     if tree["algo"].get("baseline") == "leave_one_out" and samples == 1:
         problems.append(
@@ -118,6 +134,8 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
     return problems + _of_advantages(tree, asked)
 
 
+PROBABILITIES = ("pointwise", "classifier")
+"""Targets that weigh a response by its rating."""
 OF_RESPONSES = ("leave_one_out", "group")
 """Advantages that a response has as a whole, from the prompt's other responses."""
 CANCELLING = (*OF_RESPONSES, "greedy")
@@ -150,6 +168,11 @@ def _of_advantages(tree: Tree, asked: list[str]) -> list[str]:
         problems.append(
             f"algo={algorithm} advantage={advantage}: {algorithm} takes one advantage for a whole response, as "
             "advantage=leave_one_out and group give. algo=reinforce_pp and remax take one for each token."
+        )
+    if reward in ("hard", "smoothed"):
+        problems.append(
+            f"algo={algorithm} reward={reward}: the logarithm of a label is no reward to be earned. reward=given or "
+            "contrastive would be right."
         )
     if advantage in OF_RESPONSES and samples == 1:
         problems.append(

@@ -3,13 +3,26 @@
 A score becomes the response's rating; the `reward` and `target` groups make of it what an algorithm learns from.
 """
 
-import ast
 import random
 import re
 import warnings
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from align_cli.data import toy
 from align_cli.ranges import NonNegative, NotEmpty
+
+
+def _compiled(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[NotEmpty, AfterValidator(_compiled)]
 
 
 def contains(prompt: str, response: str, *, words: list[NotEmpty]) -> float:
@@ -17,17 +30,17 @@ def contains(prompt: str, response: str, *, words: list[NotEmpty]) -> float:
     return float(any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", response, re.IGNORECASE) for word in words))
 
 
-def matches(prompt: str, response: str, *, pattern: NotEmpty) -> float:
+def matches(prompt: str, response: str, *, pattern: Pattern) -> float:
     """1 where the regular expression is found in the response, else 0."""
     return float(re.search(pattern, response) is not None)
 
 
 def compiles(prompt: str, response: str) -> float:
-    """1 where prompt and response together are a Python program, else 0; nothing is run."""
+    """1 where prompt and response together compile as a Python program, else 0; nothing is run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but legal programs
-            ast.parse(prompt + response)
+            compile(prompt + response, "response", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a null character
         return 0.0
     return 1.0
