@@ -107,11 +107,3 @@ def plan(wanted: Iterable[str], given: Iterable[str], producers: Mapping[str, Co
     for name in wanted:
         visit(name, "the loss")
     return order
-
-
-def fill(columns: Mapping[str, Tensor], order: Iterable[str], producers: Mapping[str, Column]) -> dict[str, Tensor]:
-    """`columns` and the produced ones, made in `order` (of `plan`)."""
-    filled = dict(columns)
-    for name in order:
-        filled[name] = evaluate(producers[name], filled)
-    return filled

@@ -99,6 +99,14 @@ def gather(thing: Any) -> list[Any]:
     return things
 
 
+def from_first(values: Tensor) -> Tensor:
+    """The `values` of rank 0, on every rank; the same shape everywhere."""
+    if world() > 1:
+        values = values.contiguous()
+        dist.broadcast(values, 0)
+    return values
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is up on any rank."""
     return any(gather(flag))

@@ -18,6 +18,8 @@ from align_cli.normaliser import LogZ
 from align_cli.sources import EVALUATION, Sampler
 from align_cli.statistics import Interval, clustered_proportion, mean_interval, wilson
 
+ENOUGH = 64  # samples of a prompt from which its own Z is estimated well enough to tell divergences by
+OF_Z = tuple(f"divergence/{name}" for name in ("log_z", "forward_kl", "reverse_kl", "tv", "js"))
 BATCH = 512  # sequences generated at a time
 
 
@@ -140,7 +142,8 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
     Returns:
         `alignment`, the mean rating, with `_low` and `_high` of its 95 % interval, prompts being the independent
         observations; `moment/<feature>`, the same of a target's features; and the step's figures
-        (`align_cli.metrics`). A target's Z is estimated anew, from these samples.
+        (`align_cli.metrics`). A target's Z is estimated anew, from these samples; where each prompt has its own, and
+        few samples to estimate it from, what depends on it is left out.
     """
     experiment = method.experiment
     asked = [prompts[index] for index in range(min(experiment.eval.groups, len(prompts)))]
@@ -165,7 +168,10 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
     names = () if experiment.moments is None else experiment.moments.features
     for place, name in enumerate(names):
         told |= _mean(f"moment/{name}", [group.given["features"][:, place] for group in drawn])
-    return told | meter.read()
+    figures = meter.read()
+    if experiment.normaliser == "prompt" and experiment.eval.samples < ENOUGH:
+        figures = {name: value for name, value in figures.items() if name not in OF_Z}
+    return told | figures
 
 
 def _mean(name: str, scores: Sequence[NDArray[np.float32]]) -> dict[str, float]:

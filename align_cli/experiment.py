@@ -1,6 +1,7 @@
 """An experiment: the checked configuration, its parts, the combinations that have no meaning, the engine that fits."""
 
 import importlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -91,6 +92,7 @@ class Experiment:
         kl: the penalty in what tokens earn; None where there is none.
         contrast: with how many responses of the starting model a response is compared, and how; None: with none.
         beta: the scale of implicit rewards; 1 where the algorithm has none.
+        clip: how far the algorithm leads a probability ratio from 1; infinite where it has no such limit.
         made: the columns to produce, in order.
     """
 
@@ -121,6 +123,7 @@ class Experiment:
     kl: FixedKL | AdaptiveKL | None
     contrast: Contrast | None
     beta: float
+    clip: float
     made: tuple[str, ...]
     choice: Choice | None
 
@@ -140,7 +143,9 @@ class Experiment:
         """Whether the policy is measured once more, before the first of several updates or for its critic."""
         if not isinstance(self.source, FromPolicy) or not self.on_policy:
             return False
-        return self.source.updates > 1 or self.scalar == "values"
+        asked = columns.asked(self.loss)
+        again = self.source.updates > 1 and ("behavior" in asked or "behavior_tokens" in asked)
+        return again or self.scalar == "values"
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -391,6 +396,7 @@ def _read(tree: Tree) -> Experiment:
         kl=None if penalty is None else config.build(penalty, tree["kl"]),
         contrast=config.build(Contrast, tree["reward"]) if "baselines" in columns.asked(reward) else None,
         beta=float(tree["algo"]["beta"]) if "beta" in tree["algo"] else 1.0,
+        clip=float(tree["algo"].get("clip", math.inf)),
         made=tuple(made),
         choice=None,
         reference=config.build(Reference, reference),
@@ -474,6 +480,11 @@ def _find(
         return None
 
 
+def _programs() -> list[str]:
+    """The scorers that are functions of texts, without those that an example brings under its own name."""
+    return [name for name in config.group_names()["scorer"] if "-" not in name and name not in RATERS]
+
+
 def _features(node: Any, problems: list[str]) -> dict[str, Feature]:
     """The features of a target, as far as they are right."""
     if not isinstance(node, Mapping) or not node:
@@ -488,14 +499,12 @@ def _features(node: Any, problems: list[str]) -> dict[str, Feature]:
             problems.append(f"{key}={shown}: a name of letters and digits, and keys, would be right, as {SHOWN}.")
             continue
         if not options.get("scorer") or options["scorer"] == config.MISSING:
-            problems.append(
-                f"{key}.scorer is missing: {', '.join(config.group_names()['scorer'])}, or one of your own."
-            )
+            problems.append(f"{key}.scorer is missing: {', '.join(_programs())}, or one of your own.")
             continue
         try:
             scorer = config.find("align_cli.scorers", options["scorer"], key, told="scorer")
         except UserError as error:
-            near = config.did_you_mean(str(options["scorer"]), config.group_names()["scorer"])
+            near = config.did_you_mean(str(options["scorer"]), _programs())
             problems.append(f"{error}{near}")
             continue
         problems += config.check(scorer, options, key, more=ASKED)

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from align_cli import distributed
+
 DROPPED = 1 / 8  # share of a batch's responses that have ended when they are taken out; each time the cache is copied
 
 
@@ -121,6 +123,8 @@ def _continue(
     logits = output.logits[:, -1].repeat_interleave(responses, 0)
     uniform = uniform.to(device)
     stops = torch.tensor(list(eos_ids), device=device)
+    # Under ZeRO-3 every rank draws every response: one that rounds otherwise must not leave the others waiting.
+    together = distributed.world() > 1 and any(hasattr(weight, "ds_id") for weight in model.parameters())
 
     tokens = torch.zeros(len(logits), last + 1, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(logits), last + 1, dtype=torch.float64, device=device)
@@ -128,6 +132,8 @@ def _continue(
     going = torch.ones(len(logits), dtype=torch.bool, device=device)
     for step in range(last + 1):
         chosen, logprobs[rows, step] = choose(logits, uniform[rows, step], temperature)
+        if together:
+            chosen = distributed.from_first(chosen)
         tokens[rows, step] = chosen
         going &= ~torch.isin(chosen, stops)
         left = int(going.sum())

@@ -138,13 +138,14 @@ class Method:
         A reward model starts without preferences: `exact` is the loss of scores that are all 0. One that is trained
         further is held to scores that are computed the plain way.
 
-        Sampled responses are judged by `drift` alone: how far the sampler's log-probabilities are from the policy's.
+        Sampled responses are judged by `drift` and by `sampler`, how far the sampler's log-probabilities are from the
+        policy's.
         """
         size = self.size(filled)
         if "behavior" in filled:
-            sampler = filled["batch"].behavior.sum(-1)
-            drift = ((filled["policy"].detach() - sampler) / filled["lengths"]).abs().mean(-1)
-            return {"drift": (drift.sum(), torch.tensor(len(drift)))} if self.experiment.on_policy else {}
+            others = {"sampler": filled["batch"].behavior.sum(-1)} if self.experiment.on_policy else {}
+            others |= {} if self.experiment.reference.path else {"drift": filled["reference"]}
+            return {name: self._apart(filled, other) for name, other in others.items()}
         if "scores" in filled and not is_reward_model(read_architecture(self.experiment.model)):
             started = {**filled, "scores": torch.zeros_like(filled["scores"])}
             return {"exact": (self.elements(started).sum(), size)}
@@ -156,9 +157,14 @@ class Method:
         exact = columns.evaluate(self.experiment.at_reference, filled)
         policy = filled["policy"].detach()
         start = self.elements({**filled, "policy": policy, "reference": policy})
-        drift = ((policy - filled["reference"]) / filled["lengths"]).abs().mean(-1)
-        apart = (drift.sum(), torch.tensor(len(drift)))
-        return {"exact": (exact.sum(), size), "start": (start.sum(), size), "drift": apart}
+        drift = self._apart(filled, filled["reference"])
+        return {"exact": (exact.sum(), size), "start": (start.sum(), size), "drift": drift}
+
+    @staticmethod
+    def _apart(filled: Mapping[str, Any], other: Tensor) -> tuple[Tensor, Tensor]:
+        """How far (B, K) log-probabilities are from the policy's, nats per token; sum over prompts, and prompts."""
+        apart = ((filled["policy"].detach() - other) / filled["lengths"]).abs().mean(-1)
+        return apart.sum(), torch.tensor(len(apart))
 
     def metrics(self, filled: Mapping[str, Any]) -> Metrics:
         """The figures that are logged beside the loss."""
@@ -180,7 +186,7 @@ class Method:
             found |= moments(filled["features"], names=list(self.experiment.moments.features))
         if "advantages" in filled:
             tokens = (filled["policy_tokens"], filled["behavior_tokens"], filled["mask"])
-            found |= update(*tokens, clip=float(self.experiment.tree["algo"]["clip"]))
+            found |= update(*tokens, clip=self.experiment.clip)
         if "token_rewards" in filled:
             found |= self._of_rewards(filled)
         if "returns" in filled:

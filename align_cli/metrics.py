@@ -114,7 +114,8 @@ def sampled(policy: Tensor, reference: Tensor, ratings: Tensor, lengths: Tensor)
 
     Returns:
         rollout/score, rollout/length (tokens), rollout/entropy (nats of a response), and rollout/kl, an estimate of
-        KL(π_θ ‖ π_ref) in nats whose terms are all at least 0: log t − 1 + 1/t with t = π_θ/π_ref.
+        KL(π_θ ‖ π_ref) in nats whose terms are all at least 0: log t − 1 + 1/t with t = π_θ/π_ref. The last two are
+        off where the responses come from another distribution: at another temperature, or after a first update.
     """
     values = {
         "rollout/score": ratings.to(policy.dtype).mean(-1),
@@ -163,6 +164,7 @@ def approximation(policy: Tensor, behavior: Tensor, target: Tensor, log_z: Tenso
     kinds = {"forward_kl": (forward_kl(), 1.0), "reverse_kl": (reverse_kl(), 1.0), "tv": (tv(), 1.0), "js": (js(), 0.5)}
     for name, (divergence, scale) in kinds.items():
         terms = weight * torch.where(excluded, divergence.limit, _terms(divergence, log_ratio))
+        terms = torch.where(weight == 0, 0.0, terms)  # and not 0 times infinity
         values[f"divergence/{name}"] = scale * terms.mean(-1)
     return _over_prompts(values) | skipped
 

@@ -135,11 +135,6 @@ class Whitened:
         return advantages.whiten(raw_advantages, mask, mean, deviation)
 
 
-def returns(raw_advantages: Tensor, old_values: Tensor, mask: Tensor) -> Tensor:
-    """The column `returns`, from advantages before they are whitened."""
-    return advantages.returns(raw_advantages, old_values, mask)
-
-
 def summed(reference_tokens: Tensor) -> Tensor:
     """The column `reference` where its tokens are known."""
     return reference_tokens.sum(-1)

@@ -164,7 +164,8 @@ def run_step(engine: Engine, method: Method, step: Step, lr: float, *, logged: b
     """Update the weights from a step, once for each entry of its order.
 
     Returns:
-        The step's figures, over all updates, none where they are not logged; the largest norm of a gradient, ().
+        The step's figures, over all updates, none where they are not logged; the largest norm of a gradient, (), or NaN
+        where one was not finite.
     """
     meter = Meter()
     method.begin(step.store[index] for index in step.groups)
@@ -186,7 +187,8 @@ def run_step(engine: Engine, method: Method, step: Step, lr: float, *, logged: b
                 with torch.no_grad():
                     meter.add({"loss": (elements.sum(), method.size(seen))} | method.metrics(seen) | first)
         norms.append(engine.step(lr))
-    return meter, torch.stack(norms).max()
+    found = torch.stack(norms)
+    return meter, torch.where(found < 0, torch.nan, found).max()  # DeepSpeed says -1 of what is not finite
 
 
 def _finite(norms: dict[int, Tensor]) -> float:
@@ -197,7 +199,7 @@ def _finite(norms: dict[int, Tensor]) -> float:
     found = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
     norms.clear()
     for step, norm in found.items():
-        if not (math.isfinite(norm) and norm >= 0):  # DeepSpeed says -1
+        if not math.isfinite(norm):
             raise NotFinite(f"the gradient of step {step} is not finite. {REMEDY}")
     return next(reversed(found.values()), math.nan)
 
@@ -209,12 +211,17 @@ def _judge(step: int, figures: dict[str, float], precise: bool) -> None:
         excluded = figures.get("divergence/excluded")
         forbidden = f"The target excludes {excluded:.0%} of the samples; {WHERE_EXCLUDED} " if excluded else ""
         raise NotFinite(f"the loss of step {step} is {loss}. {forbidden}{REMEDY}")
-    exact, start, drift = (figures.pop(name, None) for name in ("exact", "start", "drift"))
+    exact, start, drift, sampler = (figures.pop(name, None) for name in ("exact", "start", "drift", "sampler"))
     limit = TOLERANCE if precise else DRIFT
+    if sampler is not None and sampler > limit:
+        raise WrongStart(
+            f"the sampler's log-probabilities are {sampler:.3g} nats per token off the policy's, more than rounding. "
+            "Likely causes: dropout or another random part is active; the model generates otherwise than it is trained."
+        )
     if exact is None and drift is not None and drift > limit:
         raise WrongStart(
-            f"the sampler's log-probabilities are {drift:.3g} nats per token off the policy's, more than rounding. "
-            "Likely causes: dropout or another random part is active; the model generates otherwise than it is trained."
+            f"policy and reference are {drift:.3g} nats per token apart before any update, more than rounding. Likely "
+            "causes: the reference is not the policy's starting weights; adapters do not start at zero."
         )
     if exact is None:
         return
