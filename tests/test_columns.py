@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from align_cli import advantages, experiment, metrics, preferences, references, rewards
-from align_cli.columns import GLOSSARY, POLICY, asked, evaluate, fill, plan
+from align_cli.columns import GLOSSARY, POLICY, asked, evaluate, plan
 from align_cli.paths import conf
 
 
@@ -63,7 +63,9 @@ def test_only_what_was_planned_is_made_and_what_was_there_stays() -> None:
 
     producers = {"reference": counted, "mean": make_mean, "other": unwanted}
     columns = {"batch": torch.ones(2), "ratings": torch.zeros(2)}
-    filled = fill(columns, plan(["mean", "reference"], columns, producers), producers)
+    filled = dict(columns)
+    for name in plan(["mean", "reference"], columns, producers):
+        filled[name] = evaluate(producers[name], filled)
     assert calls == ["reference"]
     assert set(filled) == {"batch", "ratings", "reference", "mean"}
     assert set(columns) == {"batch", "ratings"}

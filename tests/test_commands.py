@@ -1,6 +1,7 @@
 """`align ls`, `show`, `cp` and `doctor` say what there is and what works."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,6 @@ def documented() -> list[str]:
 
 @pytest.mark.parametrize("command", documented())
 def test_a_command_of_readme_means_something(command: str) -> None:
-    words = command.split()
+    words = shlex.split(command)
     first = [word.partition(",")[0] if "-m" in words else word for word in words if word != "-m"]
     experiment.read(experiment.placed(config.compose("train", first), "unused"))

@@ -25,6 +25,8 @@ from align_cli.data import toy
 from align_cli.data.batches import members, split
 from align_cli.tracking import read_metrics
 
+SAMPLED = ("source.samples=2", "source.max_new_tokens=6")
+MATCHED = ("scorer=matches", "scorer.pattern='[0-4]'")
 METHODS = {
     "nca": [],
     "lora": ["adapter=lora"],
@@ -35,8 +37,15 @@ METHODS = {
     "wide": ["engine.logits_mb=1"],  # a tied head whose logits go in chunks
     "scores": ["algo=bradley_terry", "data.pairs=all"],  # a reward model
     "scores_lora": ["algo=bradley_terry", "data.pairs=all", "adapter=lora"],
-    "rated": ["algo=ppo", "source.samples=2", "source.max_new_tokens=6", "scorer=model"],  # with a critic, by "scores"
+    "rated": ["algo=ppo", *SAMPLED, "scorer=model"],  # with a critic, by "scores"
+    "again": [  # what looks at whole steps and has a state, and several updates from the samples of one
+        *("algo=reinforce_pp", *SAMPLED, *MATCHED, "source.epochs=2", "source.minibatches=2"),
+        *("kl=adaptive", "reward=contrastive", "reward.scaling=dynamic"),
+    ],
+    "greedy": ["algo=remax", *SAMPLED, *MATCHED],
+    "target": ["algo=fdpg", "divergence=js", "target.floor=0.01", *SAMPLED, *MATCHED],
 }
+ONLINE = ("rated", "again", "greedy", "target")
 WIDE = 8192  # tokens of its vocabulary; a megabyte of float32 holds the logits of 30 states
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 # With ε = lr an update of AdamW moves a weight by about as much as its gradient differs, and not by lr times a sign
@@ -58,7 +67,9 @@ RUNS = {
     "zero3-wide-cut": ("wide", ["engine=zero3", "engine.micro_tokens=200"]),
     **{f"zero3-{method}": (method, ["engine=zero3"]) for method in ("scores", "scores_lora", "rated")},
     "zero3-scores-cut": ("scores", ["engine=zero3", "engine.micro_tokens=60"]),
-    "zero1-rated": ("rated", ["engine=zero1"]),
+    **{f"zero1-{method}": (method, ["engine=zero1"]) for method in ONLINE},
+    "zero3-again": ("again", ["engine=zero3"]),
+    "zero3-target": ("target", ["engine=zero3"]),
     "zero2-unclipped": ("unclipped", ["engine=zero2"]),
     "zero3-frozen": ("nca", ["engine=zero3", "reference=frozen"]),
     "zero1-frozen": ("nca", ["engine=zero1", "reference=frozen"]),
@@ -72,7 +83,7 @@ EVALUATED = r"eval/.*/(loss|rollout/score|logps|displacement/chosen|displacement
 
 def given(model: Path, rows: Path, run_dir: Path, method: str, *more: str) -> list[str]:
     """The command line of one of `METHODS`."""
-    without = ("sft", "scores", "scores_lora", "rated")  # a β
+    without = ("sft", "scores", "scores_lora", *ONLINE)  # a β
     settings = [s for s in SETTINGS if not (method in without and s.startswith("algo."))]
     return overrides(model, rows, run_dir, *METHODS[method], *settings, *more)
 

@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 from small_runs import align, build_model, largest_difference, overrides, read, summary, weights, write_rows
 from transformers import AutoModelForCausalLM
 
-from align_cli import assembly, distributed, run, scorers
+from align_cli import assembly, cli, distributed, run, scorers
+from align_cli.engine import TorchEngine
 from align_cli.errors import UserError
 from align_cli.raters import ByProgram
+from align_cli.references import Frozen
 from align_cli.reinforcement import AdaptiveKL, FixedKL, Scaled, TokenRewards, Whitened
 from align_cli.rewards import contrastive
 from align_cli.tracking import read_metrics
+from align_cli.train import NotFinite, WrongStart
 
 SAMPLED = ("source.samples=4", "source.max_new_tokens=6", "eval.samples=16", "eval.groups=6", "train.prompts=8")
 DIGIT = ("scorer=matches", "scorer.pattern='^[0-4]'", *SAMPLED, "train.lr=1e-2", "train.steps=25")
@@ -30,6 +33,9 @@ ALGORITHMS = {
     "remax": ["train.steps=40"],
     "reinforce_pp": ["source.missing_eos_penalty=0.1"],
 }
+
+
+TILTED = ("target=exponential", "target.features.digit={scorer: matches, pattern: '^[0-4]', moment: 0.5}")
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +188,7 @@ def test_baselines_are_drawn_once(
 
     assert "for each of 5 prompts: 0 found, 5 to draw" in told("first")
     assert "5 found, 0 to draw" in told("second", "kl.beta=0.2", "train.lr=1e-3")
+    assert "5 found, 0 to draw" in told("again", "source.epochs=2", "source.samples=3")
     assert "0 found, 5 to draw" in told("more", "reward.responses=6")
     assert "0 found, 5 to draw" in told("other seed", "run.seed=1")
     assert "0 found, 5 to draw" in told("other scorer", "scorer.pattern='^[0-3]'")
@@ -217,6 +224,29 @@ def test_a_run_that_is_stopped_ends_with_the_same_weights(case: str, model: Path
     states = [load_file(tmp_path / name / "checkpoints/step_00000006/engine.safetensors") for name in ("whole", "cut")]
     assert largest_difference(*states) == 0
     assert any("value_head" in name for name in states[0]) == case.startswith("ppo")
+
+
+def test_a_gradient_that_is_not_finite_stops_a_run_whichever_update_it_is_of(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = iter([0.5, 0.5, 0.5, -1.0])  # DeepSpeed says -1
+    monkeypatch.setattr(TorchEngine, "step", lambda self, lr: torch.tensor(next(norms, 0.5)))
+    given = ["algo=rloo", *DIGIT, "train.steps=3", "source.epochs=2"]
+    with pytest.raises(NotFinite, match="the gradient of step 2"):
+        cli.dispatch(["train", *overrides(model, rows, tmp_path / "run", *given)])
+
+
+def test_a_reference_that_is_not_the_starting_policy_is_noticed(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Frozen.measure
+
+    def off(self: Frozen, batch: Any) -> dict[str, torch.Tensor]:
+        return {name: column - 0.01 for name, column in plain(self, batch).items()}
+
+    monkeypatch.setattr(Frozen, "measure", off)
+    with pytest.raises(WrongStart, match="policy and reference are"):
+        cli.dispatch(["train", *overrides(model, rows, tmp_path / "run", "algo=rloo", *DIGIT, "train.steps=1")])
 
 
 def test_the_policy_is_exported_without_its_critic(model: Path, rows: Path, tmp_path: Path) -> None:
@@ -260,6 +290,11 @@ def test_minibatches_are_all_of_a_step(model: Path, rows: Path, tmp_path: Path) 
         (["algo=nca", "reward=contrastive"], "use source=rollout"),
         (["algo=nca", "source=rollout", "reward=contrastive"], "what they have in common means nothing to it"),
         (["algo=nca", "source=rollout", "kl=fixed", "reference=frozen"], "nca has no advantages"),
+        (["algo=grpo", "reward=hard"], "the logarithm of a label is no reward to be earned"),
+        (["algo=fdpg", "target=classifier", "source.missing_eos_penalty=1"], "weights between 0 and 1"),
+        (["algo=fdpg", "scorer=model", "scorer.path=x"], "no numbers between 0 and 1"),
+        (["algo=fdpg", "reference.path=x", *TILTED], "λ is fitted on samples of the policy"),
+        (["algo=ppo", "scorer=matches", "scorer.pattern='('"], "no regular expression"),
         (["algo=ppo", "kl.beta=-1"], "kl.beta=-1"),
         (["algo=ppo", "advantage.gamma=1.5"], "advantage.gamma=1.5"),
         (["algo=ppo", "reward=contrastive", "reward.responses=0"], "reward.responses=0"),
@@ -270,7 +305,10 @@ def test_minibatches_are_all_of_a_step(model: Path, rows: Path, tmp_path: Path) 
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_has_no_meaning_is_refused(given: list[str], words: str, model: Path, rows: Path, tmp_path: Path) -> None:
-    rated = [] if given[0] == "algo=nca" and "source=rollout" not in given else list(DIGIT[:2])
+    rates = any(each.startswith("scorer") for each in given) or (
+        given[0] == "algo=nca" and "source=rollout" not in given
+    )
+    rated = [] if rates else list(DIGIT[:2])
     with pytest.raises(UserError) as refusal:
         read(overrides(model, rows, tmp_path / "run", *given, *rated))
     assert words in str(refusal.value)

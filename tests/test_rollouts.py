@@ -21,7 +21,7 @@ from align_cli.data.store import Group
 from align_cli.errors import RunError
 from align_cli.models.causal import Manner, measure
 from align_cli.normaliser import LogZ
-from align_cli.raters import ByProgram
+from align_cli.raters import ByProgram, Within
 from align_cli.sources import FromPolicy, Sampler
 from align_cli.tracking import read_metrics
 
@@ -120,6 +120,38 @@ def test_a_score_may_be_any_real_number(model: Path, value: Any) -> None:
     assert drawn[0].ratings.tolist() == [float(value)] * 3
 
 
+def test_a_response_keeps_the_space_that_it_begins_with() -> None:
+    class Stripping:
+        """Takes the first space off what it decodes, as SentencePiece's tokenizers do."""
+
+        def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+            return ["".join(" a" if token == 1 else "b" for token in row).removeprefix(" ") for row in rows]
+
+    seen: list[tuple[str, str]] = []
+    rate = ByProgram(lambda prompt, response: seen.append((prompt, response)) or 1.0, Stripping())  # pyright: ignore
+    prompt, response = np.array([1, 2], dtype=np.int32), np.array([1, 1], dtype=np.int32)
+    rate([Group(0, prompt, (response,), np.zeros(1, dtype=np.float32), "here")])
+    assert seen == [("ab", " a a")]
+
+
+def test_a_weight_outside_zero_and_one_names_its_row(model: Path, rows: Path, tmp_path: Path) -> None:
+    given = ["algo=fdpg", "scorer=noisy_addition", *ONLINE, "train.steps=1", "train.prompts=8"]
+    assert align("train", *overrides(model, rows, tmp_path / "run", *given)) == 1
+    drawn = sampler(model).draw(prompts(model, "1+2="), (5, 1), samples=3)
+    with pytest.raises(RunError, match=r"a response to rows\.jsonl:1 is rated 2;"):
+        Within(lambda groups: [np.array([0.5, 2, 1], dtype=np.float32)])(drawn)
+
+
+@pytest.mark.parametrize("samples, told", [(4, False), (64, True)])
+def test_divergences_are_told_where_z_can_be_estimated(
+    samples: int, told: bool, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    given = [*DIGIT, "target=rlhf", "target.beta=1", "divergence=js", "train.steps=1", f"eval.samples={samples}"]
+    assert align("train", *overrides(model, rows, tmp_path / "run", *given)) == 0
+    found = summary(tmp_path / "run")
+    assert ("eval/after/divergence/js" in found) == told and "eval/after/divergence/excluded" in found
+
+
 def test_scorers_of_words_patterns_and_programs() -> None:
     assert scorers.contains("", "So it IS.", words=["is", "x"]) == 1
     assert scorers.contains("", "This island", words=["is"]) == 0
@@ -128,6 +160,7 @@ def test_scorers_of_words_patterns_and_programs() -> None:
     assert scorers.matches("", "ahmm", pattern="^hm+$") == 0
     assert scorers.compiles("def f(x):\n", "    return x\n") == 1
     assert scorers.compiles("def f(x):\n", "return x\n") == 0
+    assert scorers.compiles("", "return 1\n") == 0
     assert scorers.compiles("", "\0") == 0
     assert scorers.compiles("", "(" * 5000) == 0
     assert scorers.right_addition("12+30=", "2+0=2 1+3=4 #42") == 1
