@@ -1,5 +1,6 @@
 """Held-out evaluation: of the loss, of the policy's samples, and of responses that a program can judge."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from align_cli.sources import EVALUATION, Sampler
 from align_cli.statistics import Interval, clustered_proportion, mean_interval, wilson
 
 ENOUGH = 64  # samples of a prompt from which its own Z is estimated well enough to tell divergences by
-OF_Z = tuple(f"divergence/{name}" for name in ("log_z", "forward_kl", "reverse_kl", "tv", "js"))
+OF_Z = tuple(f"divergence/{name}" for name in ("log_z", "forward_kl", "reverse_kl", "tv", "js", "ess"))
 BATCH = 512  # sequences generated at a time
 
 
@@ -141,7 +142,8 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
 
     Returns:
         `alignment`, the mean rating, with `_low` and `_high` of its 95 % interval, prompts being the independent
-        observations; `moment/<feature>`, the same of a target's features; and the step's figures
+        observations; `moment/<feature>`, the same of a target's features; `diversity/distinct_1` to `_3`; of a target
+        `divergence/ess`, the effective number of the samples as ones of the target; and the step's figures
         (`align_cli.metrics`). A target's Z is estimated anew, from these samples; where each prompt has its own, and
         few samples to estimate it from, what depends on it is left out.
     """
@@ -159,19 +161,41 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
     parts = split(places, lengths, ranks=distributed.world(), budget=experiment.engine.micro_tokens)
     mine = parts[distributed.rank()]
     batches = [engine.manner.flatten([drawn[index] for index in p.groups], counted=p.counted) for p in mine]
-    meter = Meter()
+    meter, weights = Meter(), list[float]()  # log p/π of each sample
     for columns_of in apart.columns(engine, batches):
         filled = apart.measured(engine, columns_of)
         if columns_of["batch"].counted:
             meter.add(apart.metrics(filled))
+            if "target" in filled:
+                weights += (filled["target"] - filled["policy"] - filled["log_z"][:, None]).flatten().tolist()
     told = _mean("alignment", [group.ratings for group in drawn])
+    texts = [text for group in drawn for text in sampler.texts(group)]
+    told |= {f"diversity/distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
+    if experiment.target is not None:
+        told["divergence/ess"] = effective([weight for theirs in distributed.gather(weights) for weight in theirs])
     names = () if experiment.moments is None else experiment.moments.features
     for place, name in enumerate(names):
         told |= _mean(f"moment/{name}", [group.given["features"][:, place] for group in drawn])
     figures = meter.read()
     if experiment.normaliser == "prompt" and experiment.eval.samples < ENOUGH:
-        figures = {name: value for name, value in figures.items() if name not in OF_Z}
+        return {name: value for name, value in (told | figures).items() if name not in OF_Z}
     return told | figures
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words by all n-grams, over all texts. Li et al. 2016, arXiv 1510.03055.
+
+    It is 1 where none comes twice, and 0 where there is none.
+    """
+    words = [text.split() for text in texts]
+    grams = [tuple(each[place : place + n]) for each in words for place in range(len(each) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def effective(log_weights: Sequence[float]) -> float:
+    """The effective number of weighted samples, (Σ w)²/Σ w²; 0 where all weights are. L. Kish, 1965."""
+    logs = torch.tensor([each for each in log_weights if math.isfinite(each)], dtype=torch.float64)
+    return float((2 * logs.logsumexp(0) - (2 * logs).logsumexp(0)).exp()) if len(logs) else 0.0
 
 
 def _mean(name: str, scores: Sequence[NDArray[np.float32]]) -> dict[str, float]:

@@ -341,7 +341,7 @@ def conclude(run_dir: Path) -> None:
 
 
 FIGURES = {
-    "alignment": "mean rating of samples",
+    "alignment": "held-out mean rating",
     "exact_match": "held-out exact match",
     "reward": "held-out mean reward",
 }  # figure with an interval -> what it is called

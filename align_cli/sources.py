@@ -156,6 +156,11 @@ class Sampler:
         every = distributed.gather(mine)
         return [every[place % ranks][place // ranks] for place in range(len(prompts))]
 
+    def texts(self, group: Group) -> list[str]:
+        """Of the responses, without special tokens."""
+        told = [response.tolist() for response in group.responses]
+        return self.tokenizer.batch_decode(told, skip_special_tokens=True)
+
     def _rated(self, groups: list[Group], eos_ids: set[int]) -> list[Group]:
         if self.features:
             values = zip(*(rate(groups) for rate in self.features), strict=True)
