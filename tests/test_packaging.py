@@ -147,14 +147,16 @@ def test_every_dependency_is_pinned_and_none_to_a_build_for_one_machine() -> Non
     assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.]+", line) for line in lines), lines
     pinned = [line.partition("==")[0] for line in lines]
     assert len(pinned) == len(set(pinned))
-    assert {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements()} <= set(pinned)
+    own = PROJECT["name"]  # an extra that takes in another one
+    assert {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements()} <= {own, *pinned}
     assert "torch==2.13.0" in lines
 
 
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     names = {"yaml": "pyyaml", "hydra": "hydra-core", "google": "protobuf"}
-    declared = {re.split(r"[\[<>=]", requirement)[0].replace("-", "_") for requirement in PROJECT["dependencies"]}
-    declared |= {"bitsandbytes"}  # an extra: needs a GPU
+    for_users = [extra for extra in PROJECT["optional-dependencies"] if extra not in ("peers", "test")]
+    wanted = [*PROJECT["dependencies"], *(r for extra in for_users for r in PROJECT["optional-dependencies"][extra])]
+    declared = {re.split(r"[\[<>=]", requirement)[0].replace("-", "_") for requirement in wanted}
     for path in (ROOT / "align_cli").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
