@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 NORMAL_97_5 = 1.959963984540054
 RESAMPLES = 2000
+SWAPS = 2**14  # of the sides of pairs, in a permutation test
 
 
 class Interval(NamedTuple):
@@ -74,6 +75,49 @@ def mean_interval(values: Sequence[float]) -> Interval:
     drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     low, high = observed[drawn].mean(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(observed.mean().item(), low, high)
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> Interval:
+    """mean(values) - mean(others) with the bootstrap interval over pairs, of which one part is never drawn alone.
+
+    Args:
+        values, others: (n,) each, of the same items in the same order; n >= 1.
+
+    Raises:
+        ValueError: different lengths, or none.
+    """
+    return mean_interval([value - other for value, other in zip(values, others, strict=True)])
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """The two-sided p-value of paired differences if either side of a pair were as likely to be the other.
+
+    R. A. Fisher's permutation test: the share of all ways to swap the sides of pairs after which the mean is at least
+    as far from 0 as it is. All ways are taken where they are at most `SWAPS`, else that many random ones; the
+    observed one counts among them, so that p is never 0 (B. Phipson and G. K. Smyth, 2010).
+
+    Args:
+        differences: (n,), n >= 1. Those that are 0 say nothing and are left out.
+
+    Raises:
+        ValueError: no differences.
+    """
+    import torch  # here, so that a command which compares runs starts without it
+
+    if not differences:
+        raise ValueError("no differences to test; expected at least one.")
+    observed = torch.tensor([each for each in differences if each], dtype=torch.float64)
+    n = len(observed)
+    if 2**n <= SWAPS:
+        ways = torch.arange(2**n)[:, None] >> torch.arange(n) & 1
+        extra = 0  # all ways are there, the observed one among them
+    else:
+        ways = torch.randint(2, (SWAPS, n), generator=torch.Generator().manual_seed(n))
+        extra = 1
+    sums = (2 * ways - 1).to(torch.float64) @ observed
+    rounding = 1e-12 * float(observed.abs().sum())  # a sum in another order is as far from 0
+    far = int((sums.abs() >= abs(float(observed.sum())) - rounding).sum())
+    return (far + extra) / (len(ways) + extra)
 
 
 def t_97_5(freedom: float) -> float:

@@ -1,9 +1,22 @@
 import math
 import random
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from align_cli.statistics import NORMAL_97_5, clustered_proportion, mean_interval, student, t_97_5, welch, wilson
+from align_cli.statistics import (
+    NORMAL_97_5,
+    SWAPS,
+    clustered_proportion,
+    mean_interval,
+    paired,
+    sign_flip,
+    student,
+    t_97_5,
+    welch,
+    wilson,
+)
 
 
 def test_wilson_bounds_solve_the_equation_that_defines_them():
@@ -142,3 +155,57 @@ def test_one_observation_has_no_interval():
     for wrong in (lambda: student([1.0]), lambda: welch([1.0], [1.0, 2.0]), lambda: welch([1.0, 2.0], [])):
         with pytest.raises(ValueError, match="have no spread"):
             wrong()
+
+
+def test_swapping_sides_counts_every_way_where_there_are_few():
+    # of ±1 ±2 ±4 only +7 and -7 are as far from 0 as 1 + 2 + 4; of 1 + 2 - 3 = 0 all eight are
+    assert sign_flip([1.0, 2.0, 4.0]) == 2 / 8
+    assert sign_flip([1.0, 2.0, -3.0]) == 1
+    assert sign_flip([0.1, 0.2, 0.3, 0.0]) == 2 / 8  # rounding of sums in another order does not matter, nor does a 0
+    assert sign_flip([0.0, 0.0]) == 1
+
+
+def test_swapping_sides_agrees_with_an_independent_implementation():
+    rng = random.Random(0)
+    few = [rng.gauss(0.5, 1) for _ in range(11)]
+    exact = stats.permutation_test((few,), np.mean, permutation_type="samples", n_resamples=2**11)
+    assert sign_flip(few) == pytest.approx(exact.pvalue)
+    many = [rng.gauss(0.12, 1) for _ in range(200)]
+    drawn = stats.permutation_test((many,), np.mean, permutation_type="samples", n_resamples=SWAPS, rng=1)
+    spread = (drawn.pvalue * (1 - drawn.pvalue) * 2 / SWAPS) ** 0.5  # of the difference of two such shares
+    assert abs(sign_flip(many) - drawn.pvalue) < 5 * spread
+
+
+def test_swapping_sides_is_symmetric_and_knows_no_scale():
+    rng = random.Random(1)
+    differences = [rng.gauss(0.3, 1) for _ in range(12)]
+    p = sign_flip(differences)
+    assert sign_flip([-each for each in differences]) == p
+    assert sign_flip([1000 * each for each in differences]) == p
+
+
+def test_no_p_value_is_zero():
+    assert sign_flip([1.0] * 100) == 1 / (SWAPS + 1)
+
+
+def test_the_bootstrap_agrees_with_an_independent_implementation():
+    rng = random.Random(2)
+    values = [rng.expovariate(1) for _ in range(60)]
+    ours = mean_interval(values)
+    low, high = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=3).confidence_interval
+    # a quantile of 2000 resamples at 2.5 % has the deviation sqrt(.025 .975 / 2000) / density of a normal there
+    noise = (0.025 * 0.975 / 2000) ** 0.5 / 0.0584 * stats.sem(values)
+    assert abs(ours.low - low) < 5 * 2**0.5 * noise
+    assert abs(ours.high - high) < 5 * 2**0.5 * noise
+
+
+def test_pairs_are_drawn_together():
+    rng = random.Random(4)
+    easy = [rng.random() for _ in range(80)]  # how hard an item is moves both sides alike
+    ours, theirs = [each + 0.01 for each in easy], easy
+    assert paired(ours, theirs) == pytest.approx((0.01, 0.01, 0.01))
+    with pytest.raises(ValueError, match="argument"):
+        paired([1.0], [1.0, 2.0])
+    for test in (paired, lambda values, others: sign_flip(values)):
+        with pytest.raises(ValueError, match="no "):
+            test([], [])
