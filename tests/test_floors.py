@@ -56,6 +56,7 @@ FLOORS = (
         "world",
         "assembly",
         "run",
+        "report",
         "exits",
     ),
     ("launch", "worker", "sweep", "cli", "commands"),
