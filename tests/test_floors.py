@@ -44,6 +44,7 @@ FLOORS = (
         "precision",
         "statistics",
         "rundir",
+        "sandbox",
     ),
     (
         "refusals",
