@@ -66,7 +66,7 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
             prepared = prepare(checked)
             rundir.write_config(run_dir, located(tree))
             ranks = experiment.devices(checked)
-            rundir.write_env(run_dir, device=str(device.type), ranks=ranks, command=command)
+            rundir.write_env(run_dir, device=str(device.type), ranks=ranks, data=prepared.train.report, command=command)
             if checked.launch.name == "prepare":
                 told = shlex.join([str(run_dir), *config.plugins()])
                 terminal.result(f"prepared {run_dir} for {ranks} rank(s). On each node, with its own addresses:")

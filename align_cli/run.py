@@ -235,7 +235,11 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
 
     with stop_signals() as stop:
         if latest is None:
-            progress.before = evaluated() | _judged(prepared, engine)[0]
+            told = evaluated()
+            figures, samples = _judged(prepared, engine)
+            progress.before = told | figures
+            if distributed.rank() == 0:
+                rundir.write_atomic(run_dir / rundir.SAMPLES_BEFORE, samples)
         else:
             engine.load(latest.folder)
         with _tracker(prepared, run_dir, progress) as tracker:
@@ -255,7 +259,7 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
             _export(prepared, engine, run_dir / "model")
             summary = _summary(progress, after, cached, device)
             if distributed.rank() == 0:
-                rundir.write_atomic(run_dir / "samples.json", samples)
+                rundir.write_atomic(run_dir / rundir.SAMPLES, samples)
                 rundir.write_summary(run_dir, summary)
                 tracker.close(summary)
     distributed.barrier()

@@ -29,6 +29,7 @@ LOCK = ".lock"
 CONFIG = "config.yaml"
 ENV = "env.json"
 SUMMARY = "summary.json"
+SAMPLES, SAMPLES_BEFORE = "samples.json", "samples_before.json"
 
 Scalar = str | int | float | bool | None
 
@@ -116,7 +117,7 @@ def forget(run_dir: Path, *, made: bool) -> None:
     if checkpoints.exists():
         checkpoints.rmdir()
     shutil.rmtree(run_dir / "ranks", ignore_errors=True)
-    for name in (CONFIG, ENV, LOCK):
+    for name in (CONFIG, ENV, SAMPLES_BEFORE, LOCK):
         (run_dir / name).unlink(missing_ok=True)
     if made and not any(run_dir.iterdir()):
         run_dir.rmdir()
@@ -260,10 +261,13 @@ def git_revision() -> str | None:
     return f"{commit}+changes" if status else commit
 
 
-def write_env(run_dir: Path, *, device: str, ranks: int, command: Sequence[str] = ()) -> None:
+def write_env(
+    run_dir: Path, *, device: str, ranks: int, data: Mapping[str, int | str], command: Sequence[str] = ()
+) -> None:
     """Write what a run runs on. A resume keeps what was there before under `before`, the oldest first.
 
     Args:
+        data: what became of the rows, by name.
         command: the arguments as they were given; secrets in them are struck out.
     """
     path = run_dir / ENV
@@ -276,6 +280,7 @@ def write_env(run_dir: Path, *, device: str, ranks: int, command: Sequence[str] 
         "command": secrets.redact(list(command) or sys.argv),
         "device": device,
         "ranks": ranks,
+        "data": dict(data),
         "platform": platform.platform(),
         "git": git_revision(),
         "versions": versions(),

@@ -90,10 +90,10 @@ def _work(run_dir: Path, *, scores: bool) -> int:
     if plan.engine.stage is not None:
         distributed.join(device)
     try:
-        if LOCKED not in os.environ and distributed.rank() == 0:
-            rundir.write_env(run_dir, device=device.type, ranks=distributed.world())
         # `align train` has prepared the run and said so.
         prepared = prepare(plan, terminal.silent if LOCKED in os.environ else terminal.say)
+        if LOCKED not in os.environ and distributed.rank() == 0:
+            rundir.write_env(run_dir, device=device.type, ranks=distributed.world(), data=prepared.train.report)
         if scores:
             score(prepared)
         else:

@@ -101,13 +101,14 @@ def test_differences_name_the_key_and_both_values() -> None:
 
 def test_the_environment_names_versions_and_device_and_keeps_what_was_before(tmp_path: Path) -> None:
     command = ["align", "train", "algo=nca", "hub.token=abc"]
-    rundir.write_env(tmp_path, device="cpu", ranks=1, command=command)
-    rundir.write_env(tmp_path, device="gpu", ranks=2, command=command)
-    rundir.write_env(tmp_path, device="cpu", ranks=2, command=command)
+    rundir.write_env(tmp_path, device="cpu", ranks=1, data={"rows": 7}, command=command)
+    rundir.write_env(tmp_path, device="gpu", ranks=2, data={}, command=command)
+    rundir.write_env(tmp_path, device="cpu", ranks=2, data={}, command=command)
     environment = json.loads((tmp_path / "env.json").read_text())
     assert environment["command"] == ["align", "train", "algo=nca", "hub.token=***"]
     assert environment["versions"]["torch"].startswith("2.")
     assert [before["device"] for before in environment["before"]] == ["cpu", "gpu"]
+    assert environment["before"][0]["data"] == {"rows": 7}
     assert "before" not in environment["before"][0]
 
 
