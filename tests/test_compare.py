@@ -329,3 +329,59 @@ def test_completion_knows_options_figures_and_folders(tmp_path: Path, monkeypatc
     assert complete("align compare runs/f") == ["runs/first"]
     assert complete("align compare runs --") == ["--json"]
     assert complete("align compare runs metric=loss/last,eval/after/r") == [f"metric=loss/last,{REWARD}"]
+
+
+# --- item by item
+
+
+def evaluated(run: Path, values: Mapping[str, float], **made: Any) -> None:
+    """What `align evaluate eval=toy` keeps of a run."""
+    (run / "eval").mkdir(exist_ok=True)
+    items = [{"id": name, "values": {"exact_match": value}, "shown": {}} for name, value in values.items()]
+    told = {"name": "toy", "figures": {}, "made": {"samples": 4, **made}, "notes": [], "items": items}
+    (run / "eval/toy.json").write_text(json.dumps(told))
+
+
+def test_items_that_both_sides_have_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds(tmp_path, "dpo", {0: 0.5}, "algo=dpo")
+    seeds(tmp_path, "nca", {0: 0.5, 1: 0.5})
+    evaluated(tmp_path / "dpo-0", {"a": 0.0, "b": 0.5, "c": 1.0, "only here": 0.25})
+    evaluated(tmp_path / "nca-0", {"a": 0.5, "b": 0.5, "c": 1.0}, seconds=3.0)
+    evaluated(tmp_path / "nca-1", {"c": 1.0, "b": 1.0, "a": 0.5}, date="another day")
+    first, second = compared(capsys, str(tmp_path), "against=dpo")["items"]["eval/toy/exact_match"]
+    assert (first["group"], first["items"], first["mean"], first["difference"]) == ("algo=dpo", 4, 0.4375, None)
+    assert (second["seeds"], second["items"], second["mean"]) == (2, 3, 2.25 / 3)
+    told = second["difference"]
+    assert (told["items"], told["estimate"]) == (3, pytest.approx((0.5 + 0.25 + 0) / 3))
+    assert told["p"] == 2 / 4  # of the ways to swap two differences that are not 0, two have a mean as far from 0
+
+
+def test_results_of_other_settings_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, algo, samples in (("dpo", "algo=dpo", 4), ("ipo", "algo=ipo", 4), ("nca", "algo=nca", 1)):
+        seeds(tmp_path, name, {0: 0.5}, algo)
+        evaluated(tmp_path / f"{name}-0", {"a": 0.0, "b": 1.0}, samples=samples)
+    told = compared(capsys, str(tmp_path))
+    assert [row["group"] for row in told["items"]["eval/toy/exact_match"]] == ["algo=dpo", "algo=ipo"]
+    (left_out,) = [each for each in told["left_out"] if "eval/toy" in each["why"]]
+    assert left_out["run"].endswith("nca-0") and "samples 1, not 4" in left_out["why"]
+
+
+def test_the_table_of_items_says_what_its_intervals_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("dpo", "nca"):
+        seeds(tmp_path, name, {0: 0.5}, f"algo={name}")
+        evaluated(tmp_path / f"{name}-0", {str(n): float(n % 3 == 0 or name == "nca") for n in range(12)})
+    assert align("compare", str(tmp_path)) == exits.DONE
+    said = capsys.readouterr().out
+    assert "eval/toy/exact_match, item by item" in said
+    assert "+0.6667 [+0.4167, +0.9167] *  0.0078" in " ".join(said.split()).replace("* 0", "*  0")
+    assert "nothing of other seeds" in said
+
+
+def test_a_damaged_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("dpo", "nca"):
+        seeds(tmp_path, name, {0: 0.5}, f"algo={name}")
+    (tmp_path / "nca-0/eval").mkdir()
+    for text in ("{", "[]", '{"items": [{"id": 1}], "made": {}}', '{"items": null, "made": {}}'):
+        (tmp_path / "nca-0/eval/toy.json").write_text(text)
+        assert align("compare", str(tmp_path)) == exits.USER
+        assert "toy.json is no result of align evaluate" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`align compare`: finished runs in groups that differ by more than their seed, and what is between the groups.
 
-The seeds of a group are its independent observations; `config.yaml` and `summary.json` are all that is read.
+The seeds of a group are its independent observations; `config.yaml` and `summary.json` are all that is read for them.
+What `align evaluate` measured on the same items of several groups is compared item by item as well (`items`).
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli import exits, rundir, statistics, terminal
+from align_cli.commands import items
 from align_cli.commands.listing import print_table
 from align_cli.config import did_you_mean
 from align_cli.errors import UserError
@@ -93,15 +95,23 @@ def main(argv: list[str]) -> int:
         what = f"the finished runs ({len(runs)}) differ in nothing but their seed" if runs else "no run has finished"
         raise UserError(f"{what}; finished runs of at least two configurations would be right.")
     base = named(against, list(groups)) if against is not None else None
-    chosen = metrics or usual(groups)
+    unlike: list[tuple[str, str]] = []
+    paths = {label: [run.path for run in runs] for label, runs in groups.items()}
+    by_item = {
+        name: table for name, table in items.tables(paths, base, unlike).items() if not metrics or name in metrics
+    }
+    chosen = metrics or usual(groups, otherwise=by_item)
     tables = {metric: rows(groups, metric, base, left_out) for metric in chosen}
+    left_out += [LeftOut(*each) for each in unlike]
     tell(left_out)
     if arguments.json:
-        terminal.result(as_json(groups, in_step, tables, left_out))
+        terminal.result(as_json(groups, in_step, tables, by_item, left_out))
         return exits.DONE
     for metric, table in tables.items():
         show(metric, table)
-    for line in (*together(in_step), *meaning(tables)):
+    for name, table in by_item.items():
+        show_items(name, table)
+    for line in (*together(in_step), *meaning(tables), *meaning_of_items(by_item)):
         terminal.result(line)
     return exits.DONE
 
@@ -304,17 +314,17 @@ def named(text: str, among: Sequence[str]) -> str:
 # --- figures
 
 
-def usual(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+def usual(groups: Mapping[str, Sequence[Run]], otherwise: Mapping[str, Sequence[items.Row]]) -> list[str]:
     """The figures of `METRICS` that a run of each group has; a loss only where it is one algorithm's, or alone.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, and nothing is compared otherwise.
     """
     shared = [name for name in METRICS if all(any(_is_number(run, name) for run in runs) for runs in groups.values())]
     algorithms = {_value(run.settings, "algo.name") for runs in groups.values() for run in runs}
     if len(algorithms) > 1 and len(shared) > 1:
         shared = [name for name in shared if not name.startswith("loss/")]
-    if not shared:
+    if not shared and not otherwise:
         raise UserError(f"the groups share none of {', '.join(METRICS)}; metric=NAME names another figure.")
     return shared
 
@@ -421,6 +431,26 @@ def show(metric: str, table: Sequence[Row]) -> None:
     terminal.result("")
 
 
+def show_items(name: str, table: Sequence[items.Row]) -> None:
+    """A table of what an evaluation found, with its name above."""
+    terminal.result(f"{name}, item by item")
+    lines: list[list[str]] = []
+    for row in table:
+        line = [row.group, str(row.items), _between(row.mean, row.low, row.high)]
+        if row.difference is None:
+            lines.append([*line, "to this one" if row is table[0] else "no item is shared", ""])
+            continue
+        told = row.difference
+        mark = " *" if told.leaves_out_0 else ""
+        lines.append([*line, f"{_between(told.estimate, told.low, told.high, '+')}{mark}", f"{told.p:.2g}"])
+    print_table(["group", "items", "mean", "difference", "p"], lines)
+    terminal.result("")
+
+
+def _between(estimate: float, low: float, high: float, sign: str = "") -> str:
+    return f"{estimate:{sign}.4g} [{low:{sign}.4g}, {high:{sign}.4g}]"
+
+
 def _half(low: float | None, high: float | None) -> str:
     """Half of an interval, which has its estimate in the middle."""
     return "" if low is None or high is None else f" ± {(high - low) / 2:.4g}"
@@ -449,10 +479,21 @@ def meaning(tables: Mapping[str, Sequence[Row]]) -> list[str]:
     return lines
 
 
+def meaning_of_items(by_item: Mapping[str, Sequence[items.Row]]) -> list[str]:
+    """What the intervals over items are, and are not."""
+    if not by_item:
+        return []
+    return [
+        "[ ] is a 95 % bootstrap interval over items, of differences over pairs; * leaves out 0; p is of swapping the "
+        "two sides of items. It tells of these models on other such items, and nothing of other seeds."
+    ]
+
+
 def as_json(
     groups: Mapping[str, Sequence[Run]],
     in_step: Mapping[str, Sequence[str]],
     tables: Mapping[str, Sequence[Row]],
+    by_item: Mapping[str, Sequence[items.Row]],
     left_out: Sequence[LeftOut],
 ) -> str:
     """Everything that the tables say, the values by seed, and which runs they are of."""
@@ -461,8 +502,9 @@ def as_json(
             "groups": {label: {str(run.seed): str(run.path) for run in runs} for label, runs in groups.items()},
             "differ_together": in_step,
             "metrics": {metric: [asdict(row) for row in table] for metric, table in tables.items()},
+            "items": {name: [asdict(row) for row in table] for name, table in by_item.items()},
             "left_out": [asdict(run) for run in left_out],
-            "meaning": meaning(tables),
+            "meaning": [*meaning(tables), *meaning_of_items(by_item)],
         },
         indent=2,
     )
