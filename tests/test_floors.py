@@ -33,6 +33,8 @@ FLOORS = (
         "references",
         "rewards",
         "scorers",
+        "journal",
+        "judges",
         "raters",
         "reinforcement",
         "baselines",
