@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import align
 
-from align_cli import config, exits, rundir
-from align_cli.commands import compare
+from align_cli import comparison, config, exits, rundir
 from align_cli.commands.completion import complete
 from align_cli.config import Tree
 
@@ -121,13 +120,13 @@ SETTINGS = st.fixed_dictionaries(
 
 @given(st.lists(SETTINGS, min_size=2, max_size=7, unique_by=lambda settings: tuple(sorted(settings.items()))))
 def test_no_two_groups_have_one_label(settings: list[dict[str, str]]) -> None:
-    labels, _ = compare.labels(settings)
+    labels, _ = comparison.labels(settings)
     assert len(set(labels)) == len(settings)
     assert all(labels)
 
 
 def test_equal_numbers_are_one_setting() -> None:
-    assert [compare.written(value) for value in (1, 1.0, 0.5, 1e-6, True, None, [0.9, 2.0], "x")] == [
+    assert [comparison.written(value) for value in (1, 1.0, 0.5, 1e-6, True, None, [0.9, 2.0], "x")] == [
         *("1", "1", "0.5", "1e-06", "true", "null", "[0.9,2]", "x")
     ]
 

@@ -59,6 +59,7 @@ FLOORS = (
         "world",
         "assembly",
         "run",
+        "comparison",
         "report",
         "exits",
     ),

@@ -56,7 +56,8 @@ def complete(line: str) -> list[str]:
 
 def compare_words(word: str) -> list[str]:
     """Options, the usual figures, and the folders that a word may become."""
-    from align_cli.commands.compare import METRICS, OPTIONS
+    from align_cli.commands.compare import OPTIONS
+    from align_cli.comparison import METRICS
 
     done, comma, _ = word.rpartition(",")
     figures = [f"{done}{comma}{name}" if comma else f"metric={name}" for name in METRICS]
