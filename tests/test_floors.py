@@ -22,7 +22,7 @@ FLOORS = (
         "ranges",
         "errors",
     ),
-    ("columns", "config", "paths", "process", "secrets", "terminal"),
+    ("answers", "columns", "config", "paths", "process", "secrets", "terminal"),
     ("data",),
     ("models",),
     (
