@@ -154,10 +154,11 @@ class Checker:
             said = self._line(self.seconds)
         except BrokenPipeError:
             said = None
-        if said not in ("right", "wrong", "unread"):
+        known: dict[str, Judgement] = {"right": "right", "wrong": "wrong", "unread": "unread"}
+        if said not in known:
             self.close()
             return "given up"
-        return said
+        return known[said]
 
     def _begin(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-I", "-B", str(Path(__file__).with_name("worker.py")), str(MEMORY_MB)]
