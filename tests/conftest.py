@@ -8,6 +8,8 @@ import small_runs
 import torch
 from forks import Forks
 
+from align_cli import judges
+
 
 @pytest.fixture(scope="session", autouse=True)
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -46,3 +48,11 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     server = Forks(tmp_path_factory.mktemp("forks") / "log")
     yield server
     server.close()
+
+
+@pytest.fixture
+def no_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the environment names a judge, and none has answered before."""
+    for name in (*judges.URLS, *judges.KEYS, judges.MODEL):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))

@@ -3,10 +3,16 @@
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import pytest
+import yaml
+
+from align_cli import config, judges, paths
+from align_cli.judges import Judge
 
 Request = dict[str, Any]
 
@@ -63,7 +69,8 @@ def scripted(answer: Script) -> Iterator[Scripted]:
                 self.send_header(name, value)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            with suppress(BrokenPipeError):  # whoever asked was killed
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """The tests' output is not the place for it."""
@@ -77,3 +84,11 @@ def scripted(answer: Script) -> Iterator[Scripted]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def judge(url: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Judge:
+    """A judge at an address, with short waits."""
+    monkeypatch.setenv(judges.URLS[0], url)
+    node = yaml.safe_load((paths.conf() / "judge" / "local.yaml").read_text())
+    quick = {"model": "judge-1", "backoff": 0.01, "retries": 3, "concurrency": 2, "timeout": 20.0}
+    return config.build(Judge, {**node, **quick, **changes})

@@ -35,6 +35,8 @@ FLOORS = (
         "scorers",
         "journal",
         "judges",
+        "length_control",
+        "verdicts",
         "raters",
         "reinforcement",
         "baselines",

@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from scripted_judge import Reply, Request, scripted
+from scripted_judge import Reply, Request, judge, scripted
 
 from align_cli import config, judges, paths
 from align_cli.data.records import Message
@@ -21,21 +20,9 @@ from align_cli.judges import Answer, Judge
 
 pytest.importorskip("openai", reason="the extra 'eval' is not installed")
 
+pytestmark = pytest.mark.usefixtures("no_judge")
+
 CHOICES = sorted(path.stem for path in (paths.conf() / "judge").glob("*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*judges.URLS, *judges.KEYS, judges.MODEL):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-
-
-def judge(url: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Judge:
-    monkeypatch.setenv(judges.URLS[0], url)
-    node = yaml.safe_load((paths.conf() / "judge" / "local.yaml").read_text())
-    quick = {"model": "judge-1", "backoff": 0.01, "retries": 3, "concurrency": 2, "timeout": 20.0}
-    return config.build(Judge, {**node, **quick, **changes})
 
 
 def questions(count: int) -> list[list[Message]]:
