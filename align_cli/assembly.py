@@ -47,6 +47,7 @@ from align_cli.models.head import Head, transform_of
 from align_cli.models.scalar import attach_value_head, load_reward_model
 from align_cli.models.scalar import error_of as scalar_error
 from align_cli.normaliser import LogZ
+from align_cli.proposal import Proposal
 from align_cli.raters import ByModel, ByProgram, FirstFeature, FromModel, Rater, Within
 from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics, rows, weights_digest
 from align_cli.reinforcement import Scaled, TokenRewards, Whitened, summed
@@ -256,7 +257,15 @@ def _online(experiment: Experiment, learnt: Mapping[str, Any]) -> dict[str, colu
     return makers
 
 
-def build_source(prepared: Prepared, engine: Engine, digest: str) -> Dataset | Rollout:
+def build_proposal(experiment: Experiment, engine: Engine) -> Proposal | None:
+    """What is sampled in the place of the policy; the engine's weights are still those that the run starts from."""
+    if experiment.proposal is None:
+        return None
+    assert experiment.divergence is not None, "a proposal was checked to come with f-DPG"
+    return Proposal(engine, experiment.divergence, experiment.proposal.every)
+
+
+def build_source(prepared: Prepared, engine: Engine, digest: str, proposal: Proposal | None) -> Dataset | Rollout:
     """Where the steps come from; the engine's weights are still those that the run starts from.
 
     Args:
@@ -278,14 +287,14 @@ def build_source(prepared: Prepared, engine: Engine, digest: str) -> Dataset | R
     if experiment.moments is not None:
         features = [ByProgram(each.scorer, prepared.tokenizer) for each in experiment.moments.features.values()]
         sampler = Sampler(engine, prepared.tokenizer, FirstFeature(), experiment.source, stop, features)
-        return Rollout(**common, sampler=sampler, extras={})
+        return Rollout(**common, sampler=sampler, proposal=proposal, extras={})
     sampler = Sampler(engine, prepared.tokenizer, build_rater(prepared, engine), experiment.source, stop)
     extras: dict[str, Extra] = {}
     if experiment.advantage is not None and "greedy" in columns.asked(experiment.advantage):
         extras["greedy"] = partial(_greedy, sampler, experiment.run.seed)
     if experiment.contrast is not None:
         extras["baselines"] = _baselines(prepared, sampler, engine, digest)
-    return Rollout(**common, sampler=sampler, extras=extras)
+    return Rollout(**common, sampler=sampler, proposal=proposal, extras=extras)
 
 
 def _greedy(sampler: Sampler, seed: int, prompts: Sequence[Group], number: int) -> list[NDArray[np.float32]]:

@@ -7,6 +7,8 @@ global count gets the same gradient however the step is split.
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,6 +105,14 @@ class Engine(ABC):
     @abstractmethod
     def step(self, lr: float) -> Tensor:
         """Clip, update, clear; returns the norm of the step's gradient before clipping, ()."""
+
+    @contextmanager
+    def parts(self) -> Iterator[dict[str, Tensor]]:
+        """This rank's part of each trained weight, as a forward pass computes with it.
+
+        What the block changes in them, in place, holds from its end on; every rank enters it.
+        """
+        yield {name: parameter.detach() for name, parameter in trainable(self.network).items()}
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -319,6 +329,21 @@ class DeepSpeedEngine(Engine):
         norm = self.norm if self.norm is not None else self.engine.get_global_grad_norm()
         assert norm is not None, "DeepSpeed tells the norm wherever it clips"
         return torch.as_tensor(norm)
+
+    @contextmanager
+    def parts(self) -> Iterator[dict[str, Tensor]]:
+        if self.stage != 3:
+            with super().parts() as whole:
+                yield whole
+            return
+        shared: dict[str, Any] = dict(trainable(self.network))
+        kept = [parameter for parameter in shared.values() if parameter.ds_persist]
+        # DeepSpeed keeps small weights whole beside their parts, and makes them anew in this way after an update.
+        if kept:
+            kept[0].partition(kept)
+        yield {name: parameter.ds_tensor for name, parameter in shared.items()}
+        if kept:
+            kept[0].all_gather(kept)
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -14,18 +14,21 @@ from torch import Tensor
 from align_cli import advantages, columns, config, memory, refusals, rundir
 from align_cli.config import Tree
 from align_cli.data.options import Data
+from align_cli.divergences import Divergence
 from align_cli.engine import EngineOptions, Optimizer
 from align_cli.errors import UserError
 from align_cli.models.adapters import Adapter
 from align_cli.models.causal import Model
 from align_cli.normaliser import LogZ
 from align_cli.preferences import strict_pairs
+from align_cli.proposal import Adaptive
 from align_cli.ranges import NotEmpty
 from align_cli.raters import FromModel, Scorer
 from align_cli.reinforcement import AdaptiveKL, FixedKL, TokenRewards, Whitened, summed
 from align_cli.sections import (
     PARTS,
     PENALTIES,
+    PROPOSALS,
     RATERS,
     SECTIONS,
     SOURCES,
@@ -87,6 +90,8 @@ class Experiment:
         moments: of the target's features; None where it is not made of such.
         target: makes `target`; None where there is none.
         normaliser: "shared" or "prompt", of the target.
+        divergence: that the loss takes; None where it takes none.
+        proposal: what responses are drawn from; None: the policy as it is.
         advantage: makes `raw_advantages`; None where there are none.
         whiten: whether advantages are brought to mean 0 and deviation 1 over a step.
         kl: the penalty in what tokens earn; None where there is none.
@@ -118,6 +123,8 @@ class Experiment:
     moments: Moments | None
     target: Loss | None
     normaliser: Literal["shared", "prompt"]
+    divergence: Divergence | None
+    proposal: Adaptive | None
     advantage: Loss | None
     whiten: bool
     kl: FixedKL | AdaptiveKL | None
@@ -130,6 +137,11 @@ class Experiment:
     @property
     def on_policy(self) -> bool:
         """Whether responses are drawn from the very policy that learns from them."""
+        return self.measured_as_drawn and self.proposal is None
+
+    @property
+    def measured_as_drawn(self) -> bool:
+        """Whether the policy is measured at the temperature of the samples."""
         return isinstance(self.source, FromPolicy) and (self.source.temperature == 1 or self.tempered)
 
     @property
@@ -181,8 +193,8 @@ class Experiment:
 
     @property
     def alone(self) -> bool:
-        """Whether the network that trains is the only model."""
-        return not self.frozen_reference and not isinstance(self.scorer, FromModel)
+        """Whether the network that trains is the only model, and computes with no weights but the trained ones."""
+        return not self.frozen_reference and not isinstance(self.scorer, FromModel) and self.proposal is None
 
     @property
     def frozen_reference(self) -> bool:
@@ -327,6 +339,11 @@ def _read(tree: Tree) -> Experiment:
         scorer = _find(tree, "scorer", "align_cli.scorers", problems)
     advantage = _find(tree, "advantage", "align_cli.advantages", problems) if tree.get("advantage") else None
     penalty = PENALTIES.get(str(_section(tree, "kl").get("name")))
+    proposal = PROPOSALS.get(str(_section(tree, "proposal").get("name")))
+    if tree.get("proposal") and proposal is None:
+        problems.append(f"proposal={config.shown(tree['proposal'])}: proposal=adaptive or null would be right.")
+    elif proposal is not None:
+        problems += config.check(proposal, tree["proposal"], "proposal")
     if tree.get("kl") and penalty is None:
         problems.append(f"kl={config.shown(tree['kl'])}: kl=fixed or adaptive would be right.")
     elif penalty is not None:
@@ -391,6 +408,8 @@ def _read(tree: Tree) -> Experiment:
         moments=Moments(features, tree["target"]["samples"], tree["target"]["normaliser"]) if featured else None,
         target=built_target,
         normaliser=_section(tree, "target").get("normaliser", "shared"),
+        divergence=link if takes_divergence else None,
+        proposal=None if proposal is None else config.build(proposal, tree["proposal"]),
         advantage=built_advantage,
         whiten=_section(tree, "advantage").get("whiten", False),
         kl=None if penalty is None else config.build(penalty, tree["kl"]),
@@ -602,6 +621,7 @@ def terms(experiment: Experiment, shape: memory.Shape) -> dict[str, float]:
         sampled=_sampled_at_a_time(experiment, size),
         frozen_reference=experiment.frozen_reference,
         frozen_bits=experiment.adapter.bits,
+        proposal=experiment.proposal is not None,
     )
 
 
@@ -636,7 +656,8 @@ def column_makers(experiment: Experiment) -> dict[str, str]:
     table = {name: own.get(name, "the policy, with gradient") for name in asked if name in columns.POLICY}
     sampled = isinstance(experiment.source, FromPolicy)
     table |= {name: f"data={tree['data']['name']}" for name in ("lengths", "mask") if name in asked}
-    table |= {name: "the sampler" for name in ("behavior", "behavior_tokens") if name in asked}
+    sampler = "the sampler" if experiment.proposal is None else f"proposal={experiment.proposal.name}, the sampler"
+    table |= {name: sampler for name in ("behavior", "behavior_tokens") if name in asked}
     table |= {"old_values": "the critic before the first update"} if "old_values" in asked else {}
     if experiment.contrast is not None:
         table["baselines"] = f"{experiment.contrast.responses} responses of the starting model"

@@ -118,6 +118,7 @@ def per_device(
     sampled: int = 0,
     frozen_reference: bool,
     frozen_bits: int | None,
+    proposal: bool = False,
 ) -> dict[str, float]:
     """Bytes on one device, by term.
 
@@ -135,6 +136,7 @@ def per_device(
         sampled: tokens of the sequences that are sampled at a time, prompts included.
         frozen_reference: whether a second model lies beside the policy.
         frozen_bits: bits of frozen weights where they are quantised.
+        proposal: whether samples are drawn from a copy of the trained weights.
     """
     stage = -1 if engine.stage is None else engine.stage
     size = dtype.itemsize
@@ -181,9 +183,11 @@ def per_device(
         terms["reference model"] = weights / weight_share
     if rater:
         terms["reward model"] = shape.parameters * size / weight_share
+    if proposal:
+        terms["proposal"] = shape.trained * size / weight_share
     if stage == 3:
         terms["gathered layers"] = 2 * shape.parameters / shape.layers * size
-        if 1 < node < ranks and not (frozen_reference or rater):
+        if 1 < node < ranks and not (frozen_reference or rater or proposal):
             terms["a node's copy of the weights"] = weights / node
     return terms
 

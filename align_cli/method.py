@@ -143,7 +143,7 @@ class Method:
         """
         size = self.size(filled)
         if "behavior" in filled:
-            others = {"sampler": filled["batch"].behavior.sum(-1)} if self.experiment.on_policy else {}
+            others = {"sampler": filled["batch"].behavior.sum(-1)} if self.experiment.measured_as_drawn else {}
             others |= {} if self.experiment.reference.path else {"drift": filled["reference"]}
             return {name: self._apart(filled, other) for name, other in others.items()}
         if "scores" in filled and not is_reward_model(read_architecture(self.experiment.model)):

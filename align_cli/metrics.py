@@ -115,7 +115,8 @@ def sampled(policy: Tensor, reference: Tensor, ratings: Tensor, lengths: Tensor)
     Returns:
         rollout/score, rollout/length (tokens), rollout/entropy (nats of a response), and rollout/kl, an estimate of
         KL(π_θ ‖ π_ref) in nats whose terms are all at least 0: log t − 1 + 1/t with t = π_θ/π_ref. The last two are
-        off where the responses come from another distribution: at another temperature, or after a first update.
+        off where the responses come from another distribution: at another temperature, after a first update, or from
+        a proposal.
     """
     values = {
         "rollout/score": ratings.to(policy.dtype).mean(-1),
@@ -157,16 +158,29 @@ def approximation(policy: Tensor, behavior: Tensor, target: Tensor, log_z: Tenso
     known = log_z > -torch.inf
     skipped = _over_prompts({"divergence/skipped": (~known).to(policy.dtype)})
     policy, behavior, target, log_z = policy[known], behavior[known], target[known], log_z[known]
+    excluded = ratio(policy.detach(), behavior) * (target == -torch.inf)
+    values = {"divergence/log_z": log_z, "divergence/excluded": excluded.mean(-1)}
+    kinds = {"forward_kl": (forward_kl(), 1.0), "reverse_kl": (reverse_kl(), 1.0), "tv": (tv(), 1.0), "js": (js(), 0.5)}
+    for name, (divergence, scale) in kinds.items():
+        values[f"divergence/{name}"] = scale * by_samples(divergence, policy, behavior, target, log_z)
+    return _over_prompts(values) | skipped
+
+
+def by_samples(divergence: Divergence, policy: Tensor, behavior: Tensor, target: Tensor, log_z: Tensor) -> Tensor:
+    """D_f(π ‖ p) of each prompt, from samples of q; without bias where Z is right, and never negative.
+
+    Args:
+        policy: (B, K) log π(y_k|x) of any distribution π, nats; behavior, target: as for `approximation`.
+        log_z: (B,) log Z(x), finite.
+
+    Returns:
+        (B,) float64, without gradient; infinite where p excludes a response and the divergence forbids that.
+    """
     weight = ratio(policy.detach(), behavior)
     excluded = target == -torch.inf
     log_ratio = policy - target.masked_fill(excluded, 0.0) + log_z[:, None]
-    values = {"divergence/log_z": log_z, "divergence/excluded": (weight * excluded).mean(-1)}
-    kinds = {"forward_kl": (forward_kl(), 1.0), "reverse_kl": (reverse_kl(), 1.0), "tv": (tv(), 1.0), "js": (js(), 0.5)}
-    for name, (divergence, scale) in kinds.items():
-        terms = weight * torch.where(excluded, divergence.limit, _terms(divergence, log_ratio))
-        terms = torch.where(weight == 0, 0.0, terms)  # and not 0 times infinity
-        values[f"divergence/{name}"] = scale * terms.mean(-1)
-    return _over_prompts(values) | skipped
+    terms = weight * torch.where(excluded, divergence.limit, _terms(divergence, log_ratio))
+    return torch.where(weight == 0, 0.0, terms).mean(-1)  # and not 0 times infinity
 
 
 def objective(

@@ -75,7 +75,7 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
         sampled = [name for name in ("behavior", "target", "advantages") if name in asked]
         if sampled:
             problems.append(f"algo={algorithm} learns from the policy's own samples. Use source=rollout with a scorer.")
-        for group in ("scorer", "target", "advantage", "kl"):
+        for group in ("scorer", "target", "proposal", "advantage", "kl"):
             if tree.get(group) and not sampled:
                 problems.append(
                     f"{group}={tree[group]['name']}: nothing reads it with source=dataset algo={algorithm}."
@@ -102,6 +102,12 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
     if target and "target" not in asked:
         problems.append(
             f"algo={algorithm} target={target['name']}: {algorithm} has no target to choose; algo=fdpg has."
+        )
+    if tree.get("proposal") and "target" not in asked:
+        problems.append(
+            f"algo={algorithm} proposal={tree['proposal']['name']}: {algorithm} learns from samples of the policy "
+            "itself. f-DPG alone weighs those of another distribution, and knows by its target when to renew it; "
+            "proposal=null would be right."
         )
     if target and link is not None and link.limit == math.inf and target.get("floor") == 0:
         problems.append(

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from align_cli import assembly, cache, config, distributed, evaluate, paths, rundir, terminal, tilt, world
-from align_cli.assembly import Prepared, build_engine, build_methods, build_source
+from align_cli.assembly import Prepared, build_engine, build_methods, build_proposal, build_source
 from align_cli.checkpoints import Checkpoint, Checkpoints
 from align_cli.data import toy
 from align_cli.data.store import Store
@@ -225,7 +225,8 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
         _refuse_changes(latest, progress, inputs)
     progress.inputs, progress.precision = inputs, asdict(precision)
     _introduce(prepared, engine, run_dir, progress)
-    source = build_source(prepared, engine, inputs["weights"])
+    proposal = build_proposal(experiment, engine)
+    source = build_source(prepared, engine, inputs["weights"], proposal)
     if latest is None:
         progress.columns = assembly.learn_first(prepared, source)
     method, evaluation, cached = build_methods(prepared, engine, device, inputs["weights"], progress.columns)
@@ -242,6 +243,8 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
                 rundir.write_atomic(run_dir / rundir.SAMPLES_BEFORE, samples)
         else:
             engine.load(latest.folder)
+            if proposal is not None:
+                proposal.load(latest.folder)
         with _tracker(prepared, run_dir, progress) as tracker:
             train(
                 engine,
@@ -249,6 +252,7 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
                 evaluated,
                 source,
                 prepared.train,
+                proposal=proposal,
                 progress=progress,
                 checkpoints=checkpoints,
                 tracker=tracker,
@@ -258,6 +262,8 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
             after = evaluated() | figures
             _export(prepared, engine, run_dir / "model")
             summary = _summary(progress, after, cached, device)
+            if proposal is not None:
+                summary["proposal/updates"] = proposal.updates
             if distributed.rank() == 0:
                 rundir.write_atomic(run_dir / rundir.SAMPLES, samples)
                 rundir.write_summary(run_dir, summary)

@@ -8,6 +8,7 @@ from align_cli.data.options import Data
 from align_cli.engine import EngineOptions, Optimizer
 from align_cli.models.adapters import Adapter
 from align_cli.models.causal import Model
+from align_cli.proposal import Adaptive
 from align_cli.ranges import Count, Fraction, NotEmpty, Positive, WholeNumber
 from align_cli.raters import FromModel, Scorer
 from align_cli.reinforcement import AdaptiveKL, FixedKL
@@ -138,5 +139,15 @@ SECTIONS: dict[str, Callable[..., Any]] = {
 }
 SOURCES: dict[str, type[FromDataset] | type[FromPolicy]] = {"dataset": FromDataset, "rollout": FromPolicy}
 RATERS: dict[str, type[FromModel]] = {"model": FromModel}  # what rates responses and is no function of texts
-PARTS = ("algo", "divergence", "reward", "scorer", "target", "advantage", "kl")  # sections that choose a function
+PARTS = (
+    "algo",
+    "divergence",
+    "reward",
+    "scorer",
+    "target",
+    "proposal",
+    "advantage",
+    "kl",
+)  # sections that choose a part
+PROPOSALS: dict[str, type[Adaptive]] = {"adaptive": Adaptive}
 PENALTIES: dict[str, type[FixedKL] | type[AdaptiveKL]] = {"fixed": FixedKL, "adaptive": AdaptiveKL}

@@ -5,6 +5,7 @@ Both give `Step`s, so the loop does not know which it has.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -17,6 +18,7 @@ from align_cli.data.batches import Measured, Minibatch, Step, members, order, sp
 from align_cli.data.store import Group, Store
 from align_cli.engine import Engine
 from align_cli.generation import Drawn, sample, stops
+from align_cli.proposal import Proposal
 from align_cli.ranges import Count, NonNegative, Positive
 from align_cli.raters import Rater
 
@@ -191,12 +193,14 @@ class Rollout:
 
     Attributes:
         store: of the prompts; its own responses are not looked at.
+        proposal: what is sampled in the place of the policy; None: the policy itself.
         extras: further columns to give, by name.
         prompts, seed, together, budget: as for `Dataset`.
     """
 
     store: Store
     sampler: Sampler
+    proposal: Proposal | None
     extras: Mapping[str, Extra]
     prompts: int
     seed: int
@@ -208,7 +212,8 @@ class Rollout:
         for number in range(first, last + 1):
             chosen = members(self.store, number, prompts=self.prompts, seed=self.seed, together=self.together)
             asked = [self.store[index] for index in chosen.tolist()]
-            drawn = self.sampler.draw(asked, (self.seed, number), samples=options.samples)
+            with nullcontext() if self.proposal is None else self.proposal.drawing():
+                drawn = self.sampler.draw(asked, (self.seed, number), samples=options.samples)
             drawn = self.completed(drawn, number)
             shuffled = np.random.default_rng((self.seed, number))
             cut = np.array_split(shuffled.permutation(len(drawn)), min(options.minibatches, len(drawn)))

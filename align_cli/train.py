@@ -23,6 +23,7 @@ from align_cli.data.store import Store
 from align_cli.engine import Engine
 from align_cli.errors import RunError, Stopped
 from align_cli.method import Meter, Method
+from align_cli.proposal import Proposal
 from align_cli.raters import Alike
 from align_cli.sections import Train
 from align_cli.sources import FromPolicy, Source
@@ -98,6 +99,7 @@ def train(
     source: Source,
     store: Store,
     *,
+    proposal: Proposal | None,
     progress: Progress,
     checkpoints: Checkpoints,
     tracker: Silent,
@@ -123,7 +125,7 @@ def train(
             return
         logged = step.number in (1, of) or step.number % experiment.track.every == 0
         lr = learning_rate(step.number, of, experiment.train)
-        meter, norms[step.number] = run_step(engine, method, step, lr, logged=logged)
+        meter, norms[step.number] = run_step(engine, method, step, lr, proposal=proposal, logged=logged)
         progress.step = step.number
         progress.groups += len(step.groups)
         progress.tokens += step.tokens
@@ -133,6 +135,8 @@ def train(
             if against is not None and distributed.rank() == 0:
                 terminal.warn(against)
         figures = meter.read() if logged else {}
+        renewed = {} if proposal is None else proposal.settle()
+        figures |= renewed if logged else {}
         seconds = time.perf_counter() - begun
         spent = {**step.seconds, "train": seconds - sum(step.seconds.values())}
         progress.seconds += seconds
@@ -156,12 +160,19 @@ def train(
             progress.columns = method.state()
             with checkpoints.saving(step.number, asdict(progress)) as folder:
                 engine.save(folder)
+                if proposal is not None:
+                    proposal.save(folder)
         if asked_to_stop and step.number < of:
             raise Stopped(f"stopped by a signal after step {step.number} of {of}")
 
 
-def run_step(engine: Engine, method: Method, step: Step, lr: float, *, logged: bool) -> tuple[Meter, Tensor]:
+def run_step(
+    engine: Engine, method: Method, step: Step, lr: float, *, proposal: Proposal | None = None, logged: bool
+) -> tuple[Meter, Tensor]:
     """Update the weights from a step, once for each entry of its order.
+
+    Args:
+        proposal: what the step was drawn from; it sees the samples before they are learned from.
 
     Returns:
         The step's figures, over all updates, none where they are not logged; the largest norm of a gradient, (), or NaN
@@ -176,13 +187,16 @@ def run_step(engine: Engine, method: Method, step: Step, lr: float, *, logged: b
     filled = iter(method.columns(engine, [batch for batches in rows for batch in batches]))
     columns_of = [list(islice(filled, len(batches))) for batches in rows]
     norms: list[Tensor] = []
-    for number in step.order:
+    for place, number in enumerate(step.order):
+        fresh = number not in step.order[:place]
         count = method.count(step.minibatches[number])
         for known in columns_of[number]:
             seen, counted = method.measured(engine, known), known["batch"].counted
             elements = method.elements(seen)
             engine.backward(elements.sum() * float(counted) / count)
             first = method.first(engine, seen) if step.number == 1 and not norms else {}
+            if counted and fresh and proposal is not None:
+                proposal.see(seen)
             if counted and logged:
                 with torch.no_grad():
                     meter.add({"loss": (elements.sum(), method.size(seen))} | method.metrics(seen) | first)

@@ -41,6 +41,7 @@ FLOORS = (
         "reinforcement",
         "baselines",
         "normaliser",
+        "proposal",
         "tilt",
         "sources",
         "generation",

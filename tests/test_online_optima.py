@@ -4,9 +4,10 @@ The model has six tokens and answers with three at most, so that it has 156 resp
 of them is added up exactly, from the weights that a run ends with, and held against the optimum itself.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import align, summary
+from small_runs import align, read, summary
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_cli import config
+from align_cli import assembly, config
 from align_cli.divergences import Divergence, forward_kl, js
+from align_cli.experiment import Experiment
 from align_cli.models import tiny
+from align_cli.run import prepare
 from align_cli.tracking import read_metrics
+from align_cli.train import run_step
 
 LONGEST = 3
 TOKENS = 6  # of the model: four special ones, a and b
@@ -201,6 +205,7 @@ FDPG: dict[str, tuple[str, float, list[str], int]] = {
     "tv": ("tv", 0.0, [], 6),
     "reverse_kl": ("reverse_kl", 0.01, ["target.floor=0.01"], 30),
     "js of hotter samples": ("js", 0.0, ["source.temperature=1.5", "source.samples=256"], 30),
+    "js of a proposal": ("js", 0.0, ["proposal=adaptive"], 20),
     "js in several updates": ("js", 0.0, ["source.epochs=2", "source.minibatches=2", "train.steps=40"], 30),
 }
 
@@ -242,6 +247,38 @@ def test_the_first_update_is_the_gradient_of_the_divergence(
     found = torch.cat(moved) * 1000 / 100
     assert torch.cosine_similarity(found, exact, dim=0) > 0.99
     assert found.norm() / exact.norm() == pytest.approx(1, abs=0.06)
+
+
+@pytest.mark.parametrize("forgotten", [False, True], ids=["weighted", "mutant"])
+def test_samples_of_a_proposal_give_the_gradient_of_the_divergence(
+    forgotten: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy has left the proposal; where its samples are taken for its own, the mutant, this shows."""
+    if forgotten:
+        monkeypatch.setattr(Experiment, "on_policy", True)
+    where = [f"model.path={world.folder}", f"data.path={world.rows}", f"run.dir={tmp_path}"]
+    slow = ["train.steps=1", "optimizer.eps=1000", "optimizer.max_grad_norm=null", "source.samples=4096"]
+    checked = read([*SETTINGS, *where, *RARE, *slow, "divergence=js", "proposal=adaptive"])
+    prepared = prepare(checked, lambda text: None)
+    engine = assembly.build_engine(checked, torch.device("cpu"))
+    proposal = assembly.build_proposal(checked, engine)
+    source = assembly.build_source(prepared, engine, "", proposal)
+    method, _, _ = assembly.build_methods(prepared, engine, engine.device, "", {})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in engine.network.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    network: Any = copy.deepcopy(engine.network).double()
+    policy = logs_of(network, world.prompts, world.responses)
+    divergence_of(policy, constrained(world, 0.0).log_softmax(-1), js()).backward()
+    exact = torch.cat([weight.grad.flatten() for weight in network.parameters()])
+    (step,) = source.steps(1, 1)
+    run_step(engine, method, replace(step, number=2), 100.0, proposal=proposal, logged=False)
+    weights = zip(network.parameters(), engine.network.parameters(), strict=True)
+    moved = [(before - after).flatten() for before, after in weights]
+    found = torch.cat(moved).detach() * 1000 / 100
+    near = torch.cosine_similarity(found, exact, dim=0) > 0.98 and abs(found.norm() / exact.norm() - 1) < 0.1
+    assert near != forgotten
 
 
 def test_moments_are_reached_by_the_nearest_distribution_that_has_them(world: World, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_a_response_in_a_conversation_ends_where_the_template_ends_a_turn(
     experiment = read(overrides(tmp_path / "model", rows, tmp_path / "run", *given, "source.max_new_tokens=12"))
     prepared = run.prepare(experiment, lambda text: None)
     engine = assembly.build_engine(experiment, distributed.local_device("cpu"))
-    (step,) = assembly.build_source(prepared, engine, "").steps(1, 1)
+    (step,) = assembly.build_source(prepared, engine, "", None).steps(1, 1)
     last: set[int] = set()
     for group in (step.store[index] for index in step.groups):
         assert tokenizer.decode(group.prompt).endswith("=<pad>a=")

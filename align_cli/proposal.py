@@ -1,0 +1,152 @@
+"""The distribution q that f-DPG draws from where it is not the policy as it is: the policy as it was some steps ago.
+
+It starts as the policy does, and is renewed when the policy has come nearer to the target than it is. Khalifa, Elsahar,
+Dymetman, "A Distributional Approach to Controlled Text Generation", arXiv 2012.11635, "KL-adaptive".
+
+Deltas from the paper: what is compared is the divergence of the run and not the forward KL alone; both are estimated
+from the samples that the policy learns from, before it learns from them, and from no further ones.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from align_cli import distributed
+from align_cli.divergences import Divergence
+from align_cli.engine import Engine
+from align_cli.metrics import by_samples
+from align_cli.ranges import Count
+from align_cli.surrogates import ratio
+
+SEEN: tuple[str, ...] = ("proposal", "policy", "prompts", "weights", "squares")  # sums over samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptive:
+    """The `proposal` section of a run that does not draw from the policy as it is."""
+
+    name: Literal["adaptive"]
+    every: Count
+
+
+class Proposal:
+    """q as a copy of the trained weights, which takes their place while samples are drawn.
+
+    Args:
+        engine: of the policy, as it starts.
+        divergence: D_f, by which both are held against the target.
+        every: steps whose samples are looked at before each decision.
+
+    Attributes:
+        updates: how often q was renewed.
+    """
+
+    def __init__(self, engine: Engine, divergence: Divergence, every: int) -> None:
+        self.engine = engine
+        self.divergence = divergence
+        self.every = every
+        self.updates = 0
+        self.steps = 0  # since the last decision
+        self.step: dict[str, float] = dict.fromkeys(SEEN, 0.0)
+        self.window: dict[str, float] = dict.fromkeys(SEEN, 0.0)
+        with engine.parts() as weights:
+            self.weights = {
+                name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()
+            }
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Within the block the engine computes with q's weights; every rank enters it."""
+        # An error leaves them in place. It ends the run, and other ranks may not come to the exchange that undoes this.
+        self._exchange()
+        yield
+        self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        with self.engine.parts() as weights:
+            for name, weight in weights.items():
+                before = weight.clone()
+                weight.copy_(self.weights[name])
+                self.weights[name].copy_(before)
+
+    @torch.no_grad()
+    def see(self, columns: Mapping[str, Tensor]) -> None:
+        """Take in a micro-batch of samples of q, with the policy's columns before it learns from them."""
+        known = columns["log_z"] > -torch.inf
+        policy, behavior, target = (columns[name][known] for name in ("policy", "behavior", "target"))
+        sample = (behavior, target, columns["log_z"][known])
+        weight = ratio(policy, behavior).double()
+        found: dict[str, Tensor] = {
+            "proposal": by_samples(self.divergence, behavior, *sample).sum(),
+            "policy": by_samples(self.divergence, policy, *sample).sum(),
+            "prompts": known.sum(),
+            "weights": weight.sum(),
+            "squares": weight.square().sum(),
+        }
+        seen = torch.stack([value.double() for value in found.values()]).tolist()
+        for name, value in zip(found, seen, strict=True):
+            self.step[name] += value
+
+    def settle(self) -> dict[str, float]:
+        """End a step, and renew q if this is due and the samples say so; every rank calls it.
+
+        Returns:
+            proposal/divergence and proposal/policy_divergence, the estimates of D_f(q ‖ p) and D_f(π ‖ p) by the steps
+            since the last decision; proposal/ess, the effective number of this step's samples as ones of the policy,
+            (Σ w)²/Σ w² of w = π/q; proposal/updates.
+        """
+        every = distributed.gather(self.step)
+        step = {name: sum(each[name] for each in every) for name in SEEN}
+        self.step = dict.fromkeys(SEEN, 0.0)
+        self.window = {name: self.window[name] + step[name] for name in SEEN}
+        self.steps += 1
+        found: dict[str, float] = {}
+        if step["squares"] > 0:
+            found["proposal/ess"] = step["weights"] ** 2 / step["squares"]
+        if (prompts := self.window["prompts"]) > 0:
+            found["proposal/divergence"] = self.window["proposal"] / prompts
+            found["proposal/policy_divergence"] = self.window["policy"] / prompts
+        if self.steps == self.every:
+            if self.window["policy"] < self.window["proposal"]:
+                self._renew()
+            self.steps, self.window = 0, dict.fromkeys(SEEN, 0.0)
+        return {**found, "proposal/updates": float(self.updates)}
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        with self.engine.parts() as weights:
+            for name, weight in weights.items():
+                self.weights[name].copy_(weight)
+        self.updates += 1
+
+    def save(self, folder: Path) -> None:
+        """Write what resuming needs; every rank calls it between two steps."""
+        if self._shared() and distributed.rank() > 0:
+            return
+        numbers = [float(self.updates), float(self.steps), *self.window.values()]
+        state = {f"weight/{name}": weight for name, weight in self.weights.items()}
+        save_file({**state, "numbers": torch.tensor(numbers, dtype=torch.float64)}, self._file(folder))
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; every rank calls it."""
+        state = load_file(self._file(folder), device=str(self.engine.device))
+        updates, steps, *sums = state.pop("numbers").tolist()
+        self.updates, self.steps = int(updates), int(steps)
+        self.window = dict(zip(SEEN, sums, strict=True))
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(state[f"weight/{name}"])
+
+    def _shared(self) -> bool:
+        """Whether every rank holds the whole of the weights."""
+        return not self.engine.collective
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"proposal_{0 if self._shared() else distributed.rank():05d}.safetensors"
