@@ -155,7 +155,7 @@ class Checker:
         except BrokenPipeError:
             said = None
         known: dict[str, Judgement] = {"right": "right", "wrong": "wrong", "unread": "unread"}
-        if said not in known:
+        if said is None or said not in known:
             self.close()
             return "given up"
         return known[said]
