@@ -140,8 +140,11 @@ class Checker:
         numbers = [part for part in parts if part is not None]
         if len(numbers) != len(gold):
             return "wrong" if numbers else "unread"
-        said = [self._ask(right, number, tolerance) for right, number in zip(gold, numbers, strict=True)]
-        return next((each for each in said if each != "right"), "right")
+        for right, number in zip(gold, numbers, strict=True):
+            judgement = self._ask(right, number, tolerance)
+            if judgement != "right":
+                return judgement
+        return "right"
 
     def _ask(self, gold: str, answer: str, tolerance: float) -> Judgement:
         if self._worker is None:
