@@ -42,6 +42,54 @@ class Judged:
     examples: list[Example]
 
 
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """Responses to one prompt, as a program grades them.
+
+    Attributes:
+        rewards: of the sampled ones.
+        right: share of the sampled ones that are right.
+        right_greedily: whether the most likely one is.
+    """
+
+    prompt: str
+    sampled: list[str]
+    greedy: str
+    rewards: list[float]
+    right: float
+    right_greedily: bool
+
+
+def grade(
+    prompts: Sequence[str],
+    sampled: Sequence[list[str]],
+    greedy: Sequence[str],
+    score: Callable[[str, str], float],
+    correct: Callable[[str, str], bool],
+) -> list[Graded]:
+    """Grade responses to each prompt; `score` and `correct` are those of `exact_match`."""
+    return [
+        Graded(
+            prompt=prompt,
+            sampled=drawn,
+            greedy=best,
+            rewards=[score(prompt, each) for each in drawn],
+            right=sum(correct(prompt, each) for each in drawn) / len(drawn),
+            right_greedily=correct(prompt, best),
+        )
+        for prompt, drawn, best in zip(prompts, sampled, greedy, strict=True)
+    ]
+
+
+def graded_figures(graded: Sequence[Graded]) -> dict[str, float]:
+    """`exact_match`, `reward` (sampled) and `exact_match_greedy`, with their intervals; prompts are independent."""
+    return {
+        **flat("exact_match", clustered_proportion([each.right for each in graded])),
+        **flat("exact_match_greedy", wilson(sum(each.right_greedily for each in graded), len(graded))),
+        **flat("reward", mean_interval([sum(each.rewards) / len(each.rewards) for each in graded])),
+    }
+
+
 def exact_match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -92,20 +140,9 @@ def exact_match(
         return [texts[index] for index in range(len(ids))]
 
     sampled, greedy = draw(samples, 1.0), [drawn[0] for drawn in draw(1, 0.0)]
-    rewards = [[score(prompt, each) for each in drawn] for prompt, drawn in zip(prompts, sampled, strict=True)]
-    right = [
-        sum(correct(prompt, each) for each in drawn) / samples for prompt, drawn in zip(prompts, sampled, strict=True)
-    ]
-    right_greedily = sum(correct(prompt, each) for prompt, each in zip(prompts, greedy, strict=True))
-    shown = zip(prompts[:examples], sampled, greedy, rewards, strict=False)
-    return Judged(
-        {
-            **flat("exact_match", clustered_proportion(right)),
-            **flat("exact_match_greedy", wilson(right_greedily, len(prompts))),
-            **flat("reward", mean_interval([sum(each) / samples for each in rewards])),
-        },
-        [Example(prompt, drawn[0], best, reward[0]) for prompt, drawn, best, reward in shown],
-    )
+    graded = grade(prompts, sampled, greedy, score, correct)
+    shown = [Example(each.prompt, each.sampled[0], each.greedy, each.rewards[0]) for each in graded[:examples]]
+    return Judged(graded_figures(graded), shown)
 
 
 def flat(name: str, interval: Interval) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Sampling responses from a causal language model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from align_cli import distributed
 
+LOOK = 8  # tokens between two looks at whether a text has ended
 DROPPED = 1 / 8  # share of a batch's responses that have ended when they are taken out; each time the cache is copied
 
 
@@ -23,12 +24,16 @@ class Drawn:
         tokens: its ids; the last is a stop token, unless it was cut.
         logprobs: log-probability of each of them under the distribution that they were drawn from, nats; 0 at
             temperature 0.
-        ended: whether a stop token ended it.
+        ended: whether a stop token, or what `halted` looks for, ended it.
     """
 
     tokens: list[int]
     logprobs: list[float]
     ended: bool
+
+
+Halted = Callable[[list[list[int]]], list[bool]]
+"""Whether each of some responses, from their tokens so far, is to end here."""
 
 
 def sample(
@@ -42,6 +47,8 @@ def sample(
     batch: int,
     pad_id: int,
     eos_ids: Sequence[int],
+    first: int = 0,
+    halted: Halted | None = None,
 ) -> Iterator[tuple[int, list[Drawn]]]:
     """Draw `responses` continuations of each prompt, token by token.
 
@@ -58,6 +65,8 @@ def sample(
         batch: sequences generated at a time; more is faster and takes more memory.
         pad_id: any token id; it fills the left of shorter prompts and is not attended to.
         eos_ids: the tokens that end a response.
+        first: number of each prompt's first response, to go on from where an earlier call has ended.
+        halted: what else ends a response; it is asked after every `LOOK` tokens, and the response ends there.
 
     Yields:
         (index of the prompt, its `responses`) in order of increasing prompt length.
@@ -73,7 +82,7 @@ def sample(
                 [
                     np.random.default_rng([*seeds[index], number]).random(max_new_tokens)
                     for index in chunk
-                    for number in range(responses)
+                    for number in range(first, first + responses)
                 ]
             )
             drawn = _continue(
@@ -84,6 +93,7 @@ def sample(
                 temperature=temperature,
                 pad_id=pad_id,
                 eos_ids=eos_ids,
+                halted=halted,
             )
             for row, index in enumerate(chunk):
                 yield index, drawn[row * responses : (row + 1) * responses]
@@ -101,6 +111,7 @@ def _continue(
     temperature: float,
     pad_id: int,
     eos_ids: Sequence[int],
+    halted: Halted | None,
 ) -> list[Drawn]:
     """Continue one batch; `uniform` (prompts x responses, max_new_tokens) in [0, 1) makes every choice."""
     device = model.device
@@ -130,12 +141,17 @@ def _continue(
     logprobs = torch.zeros(len(logits), last + 1, dtype=torch.float64, device=device)
     rows = torch.arange(len(logits), device=device)  # the response that each row of the batch continues
     going = torch.ones(len(logits), dtype=torch.bool, device=device)
+    cut = torch.full((len(logits),), last + 1, device=device)  # tokens after which a response was halted
     for step in range(last + 1):
         chosen, logprobs[rows, step] = choose(logits, uniform[rows, step], temperature)
         if together:
             chosen = distributed.from_first(chosen)
         tokens[rows, step] = chosen
         going &= ~torch.isin(chosen, stops)
+        if halted is not None and (step + 1) % LOOK == 0:
+            ends = torch.tensor(halted(tokens[rows, : step + 1].tolist()), device=device) & going
+            cut[rows[ends]] = step + 1
+            going &= ~ends
         left = int(going.sum())
         if step == last or left == 0:
             break
@@ -152,9 +168,10 @@ def _continue(
             use_cache=True,
         ).logits[:, -1]
     ends = torch.isin(tokens, stops)
-    ended = ends.any(-1)
     # a response that has ended goes on until it is taken out of the batch
-    counts = torch.where(ended, ends.int().argmax(-1) + 1, last + 1)
+    stopped = torch.where(ends.any(-1), ends.int().argmax(-1) + 1, last + 1)
+    ended = ends.any(-1) | (cut <= last)
+    counts = torch.minimum(stopped, cut)
     told = zip(tokens.tolist(), logprobs.tolist(), counts.tolist(), ended.tolist(), strict=True)
     return [Drawn(row[:count], nats[:count], end) for row, nats, count, end in told]
 

@@ -11,7 +11,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import linear
@@ -59,6 +59,13 @@ def choose(hidden: int, intermediate: int, cache: Path) -> Arithmetic:
     except OSError:
         pass  # it is tried again next time
     return choice
+
+
+def choose_for(architecture: Any, cache: Path) -> Arithmetic:
+    """The fastest for a model of this architecture, a configuration of transformers, on this machine's CPU."""
+    text = architecture.get_text_config()
+    hidden = int(text.hidden_size)
+    return choose(hidden, int(vars(text).get("intermediate_size") or 4 * hidden), cache)
 
 
 def judge(seconds: dict[str, float]) -> Arithmetic:

@@ -8,7 +8,6 @@ import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -27,14 +26,14 @@ from align_cli.experiment import Experiment, read
 from align_cli.method import Method
 from align_cli.models.causal import load_tokenizer, read_architecture
 from align_cli.models.scalar import classifier, is_reward_model
-from align_cli.precision import Arithmetic, choose
+from align_cli.precision import Arithmetic, choose_for
 from align_cli.raters import FromModel
 from align_cli.references import Cached, Say, rows, weights_digest
 from align_cli.rundir import Scalar
 from align_cli.sources import Dataset, FromDataset, FromPolicy, Rollout
 from align_cli.tracking import Silent, Tracker
 from align_cli.train import Progress, stop_signals, total_steps, train
-from align_cli.world import World
+from align_cli.world import World, WorldPaths
 
 
 def prepare(experiment: Experiment, say: Say = terminal.say) -> Prepared:
@@ -71,10 +70,8 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
         ) from error
     problems = None
     if experiment.world is not None and "world" in (experiment.model.path, experiment.data.path):
-        with terminal.counter() as progress:
-            made = world.prepare(experiment.world, cache=paths.cache(), train_sft=_imitate, say=say, progress=progress)
+        made = world_of(experiment.world, say)
         problems = made.held_out
-        cache.touch(made.model.parent)
         if experiment.model.path == "world":
             experiment = replace(experiment, model=replace(experiment.model, path=str(made.model)))
         if experiment.data.path == "world":
@@ -105,6 +102,14 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
     cache.touch(store.path.parent)
     _refuse_unfit(experiment, store, held_out)
     return Prepared(experiment, tokenizer, store, held_out, problems)
+
+
+def world_of(options: World, say: Say) -> WorldPaths:
+    """The embedded world of these options, made if it is not there."""
+    with terminal.counter() as progress:
+        made = world.prepare(options, cache=paths.cache(), train_sft=_imitate, say=say, progress=progress)
+    cache.touch(made.model.parent)
+    return made
 
 
 def _refuse_rater(experiment: Experiment, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -295,10 +300,7 @@ def _precision(prepared: Prepared, device: torch.device, progress: Progress) -> 
     if wanted.stage == 0 and wanted.dtype(device) == torch.bfloat16:
         raise UserError("engine=zero0: DeepSpeed's stage 0 has no fp32 sums of bfloat16 gradients. Use engine=zero1.")
     if wanted.precision != "bf16" and device.type == "cpu":
-        config: Any = read_architecture(prepared.experiment.model).get_text_config()
-        hidden = int(config.hidden_size)
-        intermediate = int(vars(config).get("intermediate_size") or 4 * hidden)
-        found = distributed.gather(choose(hidden, intermediate, paths.cache()))[0]
+        found = distributed.gather(choose_for(read_architecture(prepared.experiment.model), paths.cache()))[0]
         if wanted.stage == 0:  # which has no fp32 sums of bfloat16 gradients
             return Arithmetic("fp32", found.products, "engine=zero0")
         return found if wanted.precision == "auto" else Arithmetic("fp32", found.products, "engine.precision")

@@ -50,6 +50,7 @@ FLOORS = (
         "statistics",
         "rundir",
         "sandbox",
+        "responses",
     ),
     (
         "refusals",
@@ -58,6 +59,9 @@ FLOORS = (
         "method",
         "train",
         "evaluate",
+        "evals",
+        "results",
+        "subject",
         "tracking",
         "world",
         "assembly",

@@ -11,6 +11,7 @@ COMMANDS = {
     "show": "listing",
     "cp": "listing",
     "export": "export",
+    "evaluate": "evaluate",
     "compare": "compare",
     "doctor": "doctor",
 }

@@ -71,3 +71,10 @@ def switched_off(network: nn.Module) -> Iterator[None]:
         raise UserError("reference=adapter needs an adapter; the run trains all weights. Use reference=cached.")
     with network.disable_adapter():
         yield
+
+
+def merged(network: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The network that adapters were trained on, with those of a folder merged into its weights."""
+    with quiet_peft():
+        wrapped = PeftModel.from_pretrained(network, folder)
+    return wrapped.merge_and_unload()  # pyright: ignore[reportCallIssue, reportReturnType]  it is a LoRA model

@@ -49,6 +49,11 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, as it is saved beside the weights; a model that could not be loaded is refused now."""
     takes_flat_rows(read_architecture(model))
     _refuse_pickles(model.path)
+    return read_tokenizer(model)
+
+
+def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, whatever else is in it."""
     try:
         return AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

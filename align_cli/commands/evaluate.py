@@ -1,0 +1,341 @@
+"""`align evaluate`: ask a run or a model something, and say what came out, with intervals and how it was made."""
+
+import datetime
+import hashlib
+import inspect
+import shlex
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+import align_cli
+from align_cli import config, exits, paths, results, terminal
+from align_cli.commands import arguments
+from align_cli.commands.listing import print_table
+from align_cli.config import Tree
+from align_cli.errors import Stopped, UserError
+from align_cli.evals import Result, Training
+from align_cli.results import Figure, Finished
+
+USAGE = "align evaluate RUN_OR_MODEL eval=NAME,... [key=value ...]"
+TRAINING = ("data", "algo", "scorer")  # sections of the configuration of training
+# The parameters of a runner that the program gives, with the sections that they are made of.
+INJECTED = {"judge": "judge", "sandbox": "code", "training": None}
+SETTINGS = ("generate", "judge", "code", *TRAINING)  # what a runner's result depends on beside its own options
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An evaluation that is to be made.
+
+    Attributes:
+        name: the choice of conf/eval, and the file of its results.
+        tree: its configuration.
+        runner: what makes it.
+    """
+
+    name: str
+    tree: Tree
+    runner: Callable[..., Result]
+
+
+def main(argv: list[str]) -> int:
+    """`evaluate RUN_OR_MODEL eval=NAME,... [key=value ...]`; returns the exit code."""
+    if not argv or {"-h", "--help"} & set(argv):
+        terminal.result(f"{USAGE}\n\nalign ls eval lists what there is, align ls suite the lists of them.")
+        return exits.DONE if argv else exits.USER
+    target, *rest = argv
+    if target.startswith("-") or ("=" in target and not Path(target).exists()):
+        raise UserError(f"{target}: the run or model comes first: {USAGE}")
+    planned = plan(rest)
+    tree = planned[0].tree
+    if "--cfg" in rest or "--config" in rest:
+        for each in planned:
+            terminal.result(yaml.safe_dump({each.name: each.tree}, sort_keys=False, allow_unicode=True).rstrip())
+        return exits.DONE
+    from align_cli.launch import refuse_foreign_ranks
+
+    refuse_foreign_ranks("evaluate")
+    from align_cli import cache, subject
+
+    options = config.build(subject.Generate, tree["generate"])
+    with exits.terminable(), cache.in_use(paths.cache()):
+        asked = subject.find(target, options)
+        out = place(tree["out"], asked)
+        return run_all(planned, asked, out)
+
+
+# --- what is asked
+
+
+def plan(argv: Sequence[str]) -> list[Planned]:
+    """The evaluations that the command line names, each composed and checked; nothing is loaded.
+
+    Raises:
+        UserError: all that is wrong with them.
+    """
+    named = [word for word in argv if word.startswith(("eval=", "suite="))]
+    given = arguments.parse([word for word in argv if word not in named])
+    if given.multirun:
+        raise UserError("-m, --multirun: several evaluations are eval=NAME,NAME; one value for each key.")
+    lists = [[f"eval={name}"] for name in _words(named, "eval=")]
+    lists += [line for name in _words(named, "suite=") for line in suite(name, given.config_dirs)]
+    problems: list[str] = []
+    found: list[Planned] = []
+    for line in lists or [[]]:
+        # an option of one of several is not the others'
+        own = [word for word in given.overrides if len(lists) < 2 or not word.startswith("eval.")]
+        later = [word for word in given.overrides if word not in own]
+        try:
+            found.append(composed([*line, *own], later, given.config_dirs))
+        except UserError as error:
+            problems += str(error).splitlines()
+    for word in given.overrides if len(lists) > 1 else ():
+        key = word.partition("=")[0].removeprefix("eval.")
+        if word.startswith("eval.") and not problems and not any(key in config.options(e.runner) for e in found):
+            near = config.did_you_mean(key, [name for e in found for name in config.options(e.runner)])
+            problems.append(f"{word}: none of these evaluations has such an option.{near}")
+    repeated = [each.name for place, each in enumerate(found) if each.name in [e.name for e in found[:place]]]
+    if repeated:
+        problems.append(f"eval={repeated[0]}: named twice; each evaluation has one file of results.")
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return found
+
+
+def _words(named: Sequence[str], key: str) -> list[str]:
+    """The names that `key` is given, in order.
+
+    Raises:
+        UserError: an empty one.
+    """
+    found = [name for word in named if word.startswith(key) for name in word.removeprefix(key).split(",")]
+    if "" in found:
+        raise UserError(f"{key}: a name would be right; align ls {key.rstrip('=')} lists them.")
+    return found
+
+
+def suite(name: str, config_dirs: Sequence[str]) -> list[list[str]]:
+    """The overrides of each evaluation of a suite.
+
+    Raises:
+        UserError: there is no such suite, or it is no list of evaluations.
+    """
+    choices = config.group_names(config_dirs).get("suite", [])
+    if name not in choices:
+        near = config.did_you_mean(name, choices)
+        raise UserError(f"suite={name}: no such choice.{near} suite can be {', '.join(choices)}.")
+    files = [Path(root) / "suite" / f"{name}.yaml" for root in (paths.conf(), *config_dirs)]
+    path = next(file for file in files if file.is_file())
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    lines = tree.get("evals") if isinstance(tree, dict) else None
+    if not isinstance(lines, list) or not all(isinstance(line, str) and line.startswith("eval=") for line in lines):
+        raise UserError(f"{path}: a list `evals` with lines such as 'eval=gsm8k eval.shots=8' would be right.")
+    return [shlex.split(line) for line in lines]
+
+
+def composed(overrides: Sequence[str], later: Sequence[str], config_dirs: Sequence[str]) -> Planned:
+    """One evaluation, checked.
+
+    Args:
+        later: overrides of options that it may not have.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    tree = config.compose("evaluate", overrides, config_dirs)
+    section = tree.get("eval")
+    if not isinstance(section, Mapping) or "name" not in section:
+        raise UserError(f"eval={config.shown(section)}: eval=<name> would be right; align ls eval lists them.")
+    runner = config.find("align_cli.evals", section["name"], "eval")
+    own = [word for word in later if word.partition("=")[0].removeprefix("eval.") in config.options(runner)]
+    if own:
+        tree = config.compose("evaluate", [*overrides, *own], config_dirs)
+    problems = check(tree, runner)
+    if problems:
+        raise UserError("\n".join(problems))
+    words = [word.removeprefix("eval=") for word in overrides if word.startswith("eval=")]
+    return Planned(words[-1] if words else "loss", tree, runner)
+
+
+def check(tree: Tree, runner: Callable[..., Result]) -> list[str]:
+    """What is wrong with the configuration of an evaluation."""
+    from align_cli.subject import Generate
+
+    known = ("eval", "judge", "generate", "code", "out", "again", *TRAINING)
+    problems = [f"{key}: no such key.{config.did_you_mean(key, known)}" for key in tree if key not in known]
+    problems += config.check(Generate, tree["generate"], "generate")
+    options = {key: value for key, value in tree["eval"].items() if key != "name"}
+    taken = config.options(runner)
+    problems += config.check(runner, options, "eval", injected=[name for name in INJECTED if name in taken])
+    for name, kind in injected(runner).items():
+        section = INJECTED[name]
+        if section is not None and tree.get(section) is not None:
+            problems += config.check(kind, tree[section], section)
+    if _asks_judge(runner) and tree.get("judge") is None:
+        problems.append(
+            f"eval={tree['eval']['name']} asks a judge, and none is named; judge=openai judge.model=MODEL would be "
+            "right, for any endpoint of that kind."
+        )
+    if "training" not in taken:
+        surplus = [key for key in TRAINING if tree.get(key) is not None]
+        problems += [f"{key}: eval={tree['eval']['name']} does not look at it." for key in surplus]
+    if not isinstance(tree.get("again"), bool):
+        problems.append(f"again={config.shown(tree.get('again'))}: true or false would be right.")
+    if tree.get("out") is not None and (not isinstance(tree["out"], str) or not tree["out"]):
+        problems.append(f"out={config.shown(tree['out'])}: a folder would be right.")
+    return problems
+
+
+def injected(runner: Callable[..., Result]) -> dict[str, Any]:
+    """The parameters that the program gives, with their types."""
+    hints = get_type_hints(runner)
+    return {name: _plain(hints[name]) for name in INJECTED if name in hints}
+
+
+def _plain(hint: Any) -> Any:
+    """The type of a parameter that may also be None."""
+    kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+    return kinds[0] if isinstance(hint, types.UnionType) else hint
+
+
+def _asks_judge(runner: Callable[..., Result]) -> bool:
+    """Whether a runner cannot do without a judge."""
+    hint = get_type_hints(runner).get("judge")
+    return hint is not None and types.NoneType not in get_args(hint)
+
+
+# --- what is done
+
+
+def place(out: str | None, asked: Any) -> Path:
+    """The folder of the results.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    slug = asked.name.strip("/").replace("/", "--").lstrip(".") or "model"
+    folder = Path(out).expanduser() if out is not None else asked.run or Path("evaluations") / slug
+    try:
+        (folder / results.FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; out=FOLDER chooses another.") from error
+    return folder
+
+
+def run_all(planned: Sequence[Planned], asked: Any, out: Path) -> int:
+    """Make the evaluations one after another, write them, print the table; one that fails does not stop the others.
+
+    Raises:
+        Stopped: by a signal; what was generated is kept.
+        UserError: what was wrong with those that failed.
+    """
+    done: list[Finished] = []
+    problems: list[str] = []
+    for each in planned:
+        try:
+            done.append(made(each, asked, out))
+        except KeyboardInterrupt:
+            raise Stopped(f"interrupted in eval={each.name}; what was generated is kept") from None
+        except UserError as error:
+            problems += [f"eval={each.name}: {line}" for line in str(error).splitlines()]
+    if done:
+        show(done)
+        terminal.say(f"results in {out / results.FOLDER}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return exits.DONE
+
+
+def made(planned: Planned, asked: Any, out: Path) -> Finished:
+    """An evaluation, from its file where that holds this very one."""
+    options = fingerprint(planned, asked)
+    path = results.path_of(out, planned.name)
+    if path.is_file() and not planned.tree["again"]:
+        there = results.read(path)
+        if there.options == options:
+            terminal.say(f"eval={planned.name} is there already; again=true makes it again")
+            return there
+    terminal.say(f"eval={planned.name}")
+    own = {key: value for key, value in planned.tree["eval"].items() if key != "name"}
+    result = planned.runner(asked, **own, **parts(planned))
+    told = {
+        "subject": asked.name,
+        "weights": asked.digest,
+        "generate.seed": asked.options.seed,
+        "precision": asked.numerics,
+        "align": align_cli.__version__,
+        "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **result.made,
+    }
+    finished = Finished(planned.name, results.figures_of(result), told, result.notes, options, result.items)
+    results.write(out, finished)
+    return finished
+
+
+def parts(planned: Planned) -> dict[str, Any]:
+    """What the program gives to a runner."""
+    found: dict[str, Any] = {}
+    for name, kind in injected(planned.runner).items():
+        section = INJECTED[name]
+        if section is None:
+            found[name] = Training({key: planned.tree[key] for key in TRAINING if planned.tree.get(key) is not None})
+        else:
+            node = planned.tree.get(section)
+            found[name] = None if node is None else config.build(kind, node)
+    return found
+
+
+def fingerprint(planned: Planned, asked: Any) -> dict[str, Any]:
+    """What an evaluation follows from: its options, the weights, the runner's own code, local files that it reads."""
+    code = hashlib.blake2b(Path(inspect.getfile(planned.runner)).read_bytes(), digest_size=8).hexdigest()
+    local = planned.tree["eval"].get("path")
+    return {
+        "eval": planned.tree["eval"],
+        **{name: planned.tree.get(name) for name in SETTINGS},
+        "weights": asked.digest,
+        "code": code,
+        "files": _files(Path(local).expanduser()) if isinstance(local, str) else None,
+    }
+
+
+def _files(path: Path) -> list[list[Any]] | None:
+    """Names, sizes and times of a file, or of the files of a folder; None where there is none."""
+    if not path.exists():
+        return None
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+
+
+# --- what is printed
+
+
+def show(done: Sequence[Finished]) -> None:
+    """A table of the figures, then what is to be said of them."""
+    rows = [row for each in done for row in rows_of(each)]
+    print_table(["eval", "metric", "value [95 %]", "n", "how"], rows)
+    for each in done:
+        for note in each.notes:
+            terminal.result(f"{each.name}: {note}")
+    terminal.result("") if sys.stdout.isatty() else None
+
+
+def rows_of(finished: Finished) -> list[list[str]]:
+    """The lines of an evaluation in a table."""
+    judge = finished.made.get("judge")
+    return [
+        [finished.name, name, shown(figure), "" if figure.n is None else str(figure.n), str(judge or "")]
+        for name, figure in finished.figures.items()
+    ]
+
+
+def shown(figure: Figure) -> str:
+    """A figure with its interval."""
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.4g}"
+    return f"{figure.value:.4g} [{figure.low:.4g}, {figure.high:.4g}]"

@@ -1,0 +1,154 @@
+"""What evaluations have found, on disk: OUT/eval/<name>.json, and their figures in OUT/summary.json.
+
+OUT is the run directory of a run, and a folder of its own for a model that is no run.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from align_cli import rundir, statistics
+from align_cli.errors import UserError
+from align_cli.evals import Item, Result
+from align_cli.statistics import Interval
+
+FOLDER = "eval"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of an evaluation, with its 95 % interval where it has one, and the items that it is of."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished evaluation, as its file holds it.
+
+    Attributes:
+        name: of the evaluation, `eval/<name>`.
+        figures: by name.
+        made: how they came about.
+        notes: sentences for the reader.
+        options: what was asked; the same options of the same weights give the same evaluation.
+        items: what was found of each question, prompt or pair.
+    """
+
+    name: str
+    figures: dict[str, Figure]
+    made: dict[str, Any]
+    notes: list[str]
+    options: dict[str, Any]
+    items: list[Item]
+
+
+def figures_of(result: Result) -> dict[str, Figure]:
+    """The mean of each metric over the items that have it, and the result's own figures."""
+    found: dict[str, Figure] = {}
+    for name in dict.fromkeys(name for item in result.items for name in item.values):
+        values = [item.values[name] for item in result.items if name in item.values]
+        found[name] = Figure(*mean_of(values), n=len(values))
+    ends = {f"{name}{end}" for name in result.figures for end in ("_low", "_high")}
+    for name, value in result.figures.items():
+        if name not in ends:
+            low, high = (result.figures.get(f"{name}{end}") for end in ("_low", "_high"))
+            of = found[name].n if name in found else len(result.items) or None
+            found[name] = Figure(value, low, high, of)
+    return found
+
+
+def mean_of(values: Sequence[float]) -> Interval:
+    """A mean over items with its interval: Wilson's of a share, the bootstrap's of anything else."""
+    if all(value in (0.0, 1.0) for value in values):
+        return statistics.wilson(sum(values), len(values))
+    return statistics.mean_interval(values)
+
+
+def path_of(out: Path, name: str) -> Path:
+    """The file of an evaluation."""
+    return out / FOLDER / f"{name}.json"
+
+
+def write(out: Path, finished: Finished) -> None:
+    """Write an evaluation and its figures; two processes may do so at once.
+
+    Raises:
+        ValueError: an item has a value that is no finite number.
+    """
+    for item in finished.items:
+        odd = [name for name, value in item.values.items() if not math.isfinite(value)]
+        if odd:
+            raise ValueError(f"eval={finished.name}: item {item.id} has {odd[0]}={item.values[odd[0]]}.")
+    path = path_of(out, finished.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = asdict(finished)
+    told["figures"] = {
+        name: {key: rundir.plain(value) for key, value in asdict(figure).items()}
+        for name, figure in finished.figures.items()
+    }
+    with _locked(path.parent):
+        rundir.write_atomic(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        prefix = f"{FOLDER}/{finished.name}/"
+        before = rundir.read_summary(out) or {}
+        kept = {name: value for name, value in before.items() if not name.startswith(prefix)}
+        rundir.write_summary(out, kept | flat(finished))
+
+
+def flat(finished: Finished) -> dict[str, rundir.Scalar]:
+    """The figures under `eval/<name>/<metric>`, and those with `_low` and `_high` for their intervals."""
+    found: dict[str, rundir.Scalar] = {}
+    for name, figure in finished.figures.items():
+        values = {"": figure.value, "_low": figure.low, "_high": figure.high}
+        found |= {f"{FOLDER}/{finished.name}/{name}{end}": value for end, value in values.items() if value is not None}
+    return found
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within the block no other process writes the folder's evaluations."""
+    with open(folder / LOCK, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read(path: Path) -> Finished:
+    """An evaluation from its file.
+
+    Raises:
+        UserError: the file is none of an evaluation.
+    """
+    try:
+        told: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        figures = {
+            name: Figure(float(each["value"]), _number(each["low"]), _number(each["high"]), each["n"])
+            for name, each in told["figures"].items()
+        }
+        return Finished(
+            name=told["name"],
+            figures=figures,
+            made=told["made"],
+            notes=told["notes"],
+            options=told["options"],
+            items=[Item(**item) for item in told["items"]],
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not an evaluation ({error}); removed, align evaluate makes it again") from error
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def all_of(out: Path) -> list[Path]:
+    """The files of a folder's evaluations."""
+    return sorted((out / FOLDER).glob("*.json"))
