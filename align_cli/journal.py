@@ -71,23 +71,28 @@ class Journal:
 
     def add(self, name: str, value: Mapping[str, Any]) -> None:
         """Keep a value under a name, durably where the disk takes it and in memory where not."""
+        self.extend({name: value})
+
+    def extend(self, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep several values, at the cost of one."""
         with self._lock:
-            if name in self._values:
+            fresh = {name: dict(value) for name, value in values.items() if name not in self._values}
+            if not fresh:
                 return
-            self._values[name] = dict(value)
+            self._values |= fresh
             try:
-                self._append(_line(name, dict(value)))
+                self._append(b"".join(_line(name, value) for name, value in fresh.items()))
             except OSError as error:
                 self._warn("written", error)
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, lines: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # released when the descriptor is closed
             size = os.fstat(descriptor).st_size
             cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            left = b"\n" + line if cut else line
+            left = b"\n" + lines if cut else lines
             while left:
                 left = left[os.write(descriptor, left) :]
             os.fsync(descriptor)

@@ -38,8 +38,9 @@ class Finished:
     Attributes:
         name: of the evaluation, `eval/<name>`.
         figures: by name.
-        made: how they came about.
+        made: how they came about; evaluations of two models that were made alike can be compared item by item.
         notes: sentences for the reader.
+        subject: what was evaluated, by which version, and when.
         options: what was asked; the same options of the same weights give the same evaluation.
         items: what was found of each question, prompt or pair.
     """
@@ -48,6 +49,7 @@ class Finished:
     figures: dict[str, Figure]
     made: dict[str, Any]
     notes: list[str]
+    subject: dict[str, Any]
     options: dict[str, Any]
     items: list[Item]
 
@@ -138,6 +140,7 @@ def read(path: Path) -> Finished:
             figures=figures,
             made=told["made"],
             notes=told["notes"],
+            subject=told["subject"],
             options=told["options"],
             items=[Item(**item) for item in told["items"]],
         )

@@ -31,7 +31,7 @@ from align_cli.models import adapters, causal, scalar
 from align_cli.models.causal import Manner, Model
 from align_cli.precision import choose_for
 from align_cli.ranges import Count, WholeNumber
-from align_cli.responses import Response, Responses, Sampling, name_of
+from align_cli.responses import Response, Responses, Sampling, digest_of
 from align_cli.run import world_of
 from align_cli.world import World
 
@@ -290,12 +290,12 @@ class Subject:
         sampling = Sampling(
             temperature=temperature,
             max_new_tokens=max_new_tokens,
-            stop=tuple(stop),
+            stop=list(stop),
             seed=self.options.seed if temperature else 0,
             numerics=self.numerics,
         )
-        kept = Responses(paths.cache() / "responses", self.digest, sampling, origin=self.path)
-        names = [name_of(each) for each in ids]
+        kept = Responses(paths.cache() / "responses", self.digest, sampling)
+        names = [digest_of(each) for each in ids]
         self._generate(kept, dict(zip(names, ids, strict=True)), wanted, sampling, self._ends(prompts))
         found = [self._read(kept, name, prompt, wanted, stop) for name, prompt in zip(names, ids, strict=True)]
         return [drawn * samples if wanted == 1 else drawn for drawn in found]
@@ -340,7 +340,7 @@ class Subject:
                         responses=responses,
                         max_new_tokens=sampling.max_new_tokens,
                         temperature=sampling.temperature,
-                        seeds=[(sampling.seed, int(name_of(prompts[place]), 16)) for place in places],
+                        seeds=[(sampling.seed, int(digest_of(prompts[place]), 16)) for place in places],
                         batch=batch,
                         pad_id=eos_ids[0],
                         eos_ids=eos_ids,
@@ -362,7 +362,7 @@ class Subject:
         self, kept: Responses, name: str, prompt: Sequence[int], wanted: int, stop: Sequence[str]
     ) -> list[Sample]:
         """The first `wanted` responses to a prompt as text."""
-        found = [kept.known[name, number] for number in range(wanted)]
+        found = [each for number in range(wanted) if (each := kept.find(name, number)) is not None]
         # Behind the end of the prompt: some tokenizers take the first space off whatever they decode.
         behind = list(prompt[-CONTEXT:])
         told = [behind, *([*behind, *each.tokens] for each in found)]
@@ -420,7 +420,7 @@ class Subject:
 
 
 def _response(drawn: generation.Drawn) -> Response:
-    return Response(tuple(drawn.tokens), drawn.ended, math.fsum(drawn.logprobs))
+    return Response(drawn.tokens, drawn.ended, math.fsum(drawn.logprobs))
 
 
 def _halts(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> generation.Halted | None:

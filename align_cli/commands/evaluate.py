@@ -20,12 +20,13 @@ from align_cli.commands.listing import print_table
 from align_cli.config import Tree
 from align_cli.errors import Stopped, UserError
 from align_cli.evals import Result, Training
+from align_cli.judges import Judge
 from align_cli.results import Figure, Finished
+from align_cli.sandbox import Code, opened
 
 USAGE = "align evaluate RUN_OR_MODEL eval=NAME,... [key=value ...]"
 TRAINING = ("data", "algo", "scorer")  # sections of the configuration of training
-# The parameters of a runner that the program gives, with the sections that they are made of.
-INJECTED = {"judge": "judge", "sandbox": "code", "training": None}
+INJECTED = ("judge", "sandbox", "training")  # parameters of a runner that the program gives
 SETTINGS = ("generate", "judge", "code", *TRAINING)  # what a runner's result depends on beside its own options
 
 
@@ -172,11 +173,10 @@ def check(tree: Tree, runner: Callable[..., Result]) -> list[str]:
     problems += config.check(Generate, tree["generate"], "generate")
     options = {key: value for key, value in tree["eval"].items() if key != "name"}
     taken = config.options(runner)
-    problems += config.check(runner, options, "eval", injected=[name for name in INJECTED if name in taken])
-    for name, kind in injected(runner).items():
-        section = INJECTED[name]
-        if section is not None and tree.get(section) is not None:
-            problems += config.check(kind, tree[section], section)
+    problems += config.check(runner, options, "eval", injected=INJECTED)
+    problems += config.check(Code, tree["code"], "code")
+    if tree.get("judge") is not None:
+        problems += config.check(Judge, tree["judge"], "judge")
     if _asks_judge(runner) and tree.get("judge") is None:
         problems.append(
             f"eval={tree['eval']['name']} asks a judge, and none is named; judge=openai judge.model=MODEL would be "
@@ -190,18 +190,6 @@ def check(tree: Tree, runner: Callable[..., Result]) -> list[str]:
     if tree.get("out") is not None and (not isinstance(tree["out"], str) or not tree["out"]):
         problems.append(f"out={config.shown(tree['out'])}: a folder would be right.")
     return problems
-
-
-def injected(runner: Callable[..., Result]) -> dict[str, Any]:
-    """The parameters that the program gives, with their types."""
-    hints = get_type_hints(runner)
-    return {name: _plain(hints[name]) for name in INJECTED if name in hints}
-
-
-def _plain(hint: Any) -> Any:
-    """The type of a parameter that may also be None."""
-    kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
-    return kinds[0] if isinstance(hint, types.UnionType) else hint
 
 
 def _asks_judge(runner: Callable[..., Result]) -> bool:
@@ -264,30 +252,34 @@ def made(planned: Planned, asked: Any, out: Path) -> Finished:
     terminal.say(f"eval={planned.name}")
     own = {key: value for key, value in planned.tree["eval"].items() if key != "name"}
     result = planned.runner(asked, **own, **parts(planned))
-    told = {
-        "subject": asked.name,
-        "weights": asked.digest,
-        "generate.seed": asked.options.seed,
-        "precision": asked.numerics,
-        "align": align_cli.__version__,
-        "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **result.made,
-    }
-    finished = Finished(planned.name, results.figures_of(result), told, result.notes, options, result.items)
+    finished = Finished(
+        name=planned.name,
+        figures=results.figures_of(result),
+        made={"seed": asked.options.seed, "numerics": asked.numerics, **result.made},
+        notes=result.notes,
+        subject={
+            "name": asked.name,
+            "weights": asked.digest,
+            "align": align_cli.__version__,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+        options=options,
+        items=result.items,
+    )
     results.write(out, finished)
     return finished
 
 
 def parts(planned: Planned) -> dict[str, Any]:
     """What the program gives to a runner."""
+    tree = planned.tree
     found: dict[str, Any] = {}
-    for name, kind in injected(planned.runner).items():
-        section = INJECTED[name]
-        if section is None:
-            found[name] = Training({key: planned.tree[key] for key in TRAINING if planned.tree.get(key) is not None})
-        else:
-            node = planned.tree.get(section)
-            found[name] = None if node is None else config.build(kind, node)
+    if "judge" in config.options(planned.runner):
+        found["judge"] = None if tree.get("judge") is None else config.build(Judge, tree["judge"])
+    if "sandbox" in config.options(planned.runner):
+        found["sandbox"] = opened(config.build(Code, tree["code"]))
+    if "training" in config.options(planned.runner):
+        found["training"] = Training({key: tree[key] for key in TRAINING if tree.get(key) is not None})
     return found
 
 
@@ -299,7 +291,7 @@ def fingerprint(planned: Planned, asked: Any) -> dict[str, Any]:
         "eval": planned.tree["eval"],
         **{name: planned.tree.get(name) for name in SETTINGS},
         "weights": asked.digest,
-        "code": code,
+        "made_by": code,
         "files": _files(Path(local).expanduser()) if isinstance(local, str) else None,
     }
 

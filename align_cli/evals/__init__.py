@@ -34,11 +34,13 @@ class Result:
     """What a runner has found.
 
     Attributes:
-        items: the figure of each of their metrics is the mean over the items that have it, with its interval.
+        items: in the order of the data; no two have one id. The figure of each of their metrics is the mean over the
+            items that have it, with its interval.
         figures: what is no such mean, with the bounds `<name>_low` and `<name>_high` where it has them; one that has
             the name of a metric holds in place of the mean.
         made: how the items came about, in plain values: where the data is and its digest, how many examples are shown,
-            template or text, temperature, the judge and the date, the version of a grader.
+            template or text, temperature, the version of a grader; the judge as `judge`, and its answers' `date`. What
+            is of the model alone does not belong here: models are compared where `made` is the same but for the date.
         notes: sentences on what departs from the usual, and counts of what could not be read.
     """
 
