@@ -162,16 +162,17 @@ def approximation(policy: Tensor, behavior: Tensor, target: Tensor, log_z: Tenso
     values = {"divergence/log_z": log_z, "divergence/excluded": excluded.mean(-1)}
     kinds = {"forward_kl": (forward_kl(), 1.0), "reverse_kl": (reverse_kl(), 1.0), "tv": (tv(), 1.0), "js": (js(), 0.5)}
     for name, (divergence, scale) in kinds.items():
-        values[f"divergence/{name}"] = scale * by_samples(divergence, policy, behavior, target, log_z)
+        values[f"divergence/{name}"] = scale * by_samples(policy, behavior, target, log_z, divergence=divergence)
     return _over_prompts(values) | skipped
 
 
-def by_samples(divergence: Divergence, policy: Tensor, behavior: Tensor, target: Tensor, log_z: Tensor) -> Tensor:
+def by_samples(policy: Tensor, behavior: Tensor, target: Tensor, log_z: Tensor, *, divergence: Divergence) -> Tensor:
     """D_f(π ‖ p) of each prompt, from samples of q; without bias where Z is right, and never negative.
 
     Args:
         policy: (B, K) log π(y_k|x) of any distribution π, nats; behavior, target: as for `approximation`.
         log_z: (B,) log Z(x), finite.
+        divergence: D_f.
 
     Returns:
         (B,) float64, without gradient; infinite where p excludes a response and the divergence forbids that.

@@ -84,8 +84,8 @@ class Proposal:
         sample = (behavior, target, columns["log_z"][known])
         weight = ratio(policy, behavior).double()
         found: dict[str, Tensor] = {
-            "proposal": by_samples(self.divergence, behavior, *sample).sum(),
-            "policy": by_samples(self.divergence, policy, *sample).sum(),
+            "proposal": by_samples(behavior, *sample, divergence=self.divergence).sum(),
+            "policy": by_samples(policy, *sample, divergence=self.divergence).sum(),
             "prompts": known.sum(),
             "weights": weight.sum(),
             "squares": weight.square().sum(),
