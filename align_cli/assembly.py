@@ -297,9 +297,11 @@ def build_source(prepared: Prepared, engine: Engine, digest: str, proposal: Prop
     return Rollout(**common, sampler=sampler, proposal=proposal, extras=extras)
 
 
-def _greedy(sampler: Sampler, seed: int, prompts: Sequence[Group], number: int) -> list[NDArray[np.float32]]:
+def _greedy(sampler: Sampler, seed: int, prompts: Sequence[Group], number: int) -> list[NDArray[np.float32] | None]:
     """The column `greedy`."""
-    return [group.ratings[0] for group in sampler.draw(prompts, (seed, number), samples=1, temperature=0.0)]
+    drawn = sampler.draw(prompts, (seed, number), samples=1, temperature=0.0)
+    found = {group.index: group.ratings[0] for group in drawn}
+    return [found.get(group.index) for group in prompts]
 
 
 def _baselines(prepared: Prepared, sampler: Sampler, engine: Engine, digest: str) -> baselines.Baselines:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from align_cli import distributed, terminal
 from align_cli.data.store import Group
+from align_cli.raters import Unrated
 from align_cli.references import Say
 from align_cli.sources import Sampler
 
@@ -32,14 +33,14 @@ class Baselines:
     """The column `baselines`, as the source gives it.
 
     Args:
-        found: (N,) ratings by the name of a prompt.
+        found: (N,) ratings by the name of a prompt; those are missing that could not be rated.
     """
 
     def __init__(self, found: Mapping[str, Ratings]) -> None:
         self.found = found
 
-    def __call__(self, prompts: Sequence[Group], number: int) -> list[Ratings]:
-        return [self.found[name_of(group)] for group in prompts]
+    def __call__(self, prompts: Sequence[Group], number: int) -> list[Ratings | None]:
+        return [self.found.get(name_of(group)) for group in prompts]
 
 
 def name_of(group: Group) -> str:
@@ -73,11 +74,13 @@ def prepare(
     )
     # A prompt's seed is its name, so that its samples do not depend on its place in the data.
     asked = [replace(group, index=int(name[:12], 16)) for name, group in missing.items()]
-    found, names = dict(there), list(missing)
+    found, bad = dict(there), list[Unrated]()
     for start in range(0, len(asked), CHUNK):
-        drawn = sampler.draw(asked[start : start + CHUNK], (seed, NUMBER), samples=responses)
-        found |= {name: group.ratings for name, group in zip(names[start : start + CHUNK], drawn, strict=True)}
-        if distributed.rank() == 0:
+        drawn = sampler.attempt(asked[start : start + CHUNK], (seed, NUMBER), samples=responses)
+        found |= {name_of(each): each.ratings for each in drawn if isinstance(each, Group)}
+        bad += [each for each in drawn if isinstance(each, Unrated)]
+        sampler.judge(bad, of=len(wanted))
+        if found and distributed.rank() == 0:
             _write(path, found)
         if start + CHUNK < len(asked):
             say(f"{start + CHUNK:,} of {len(asked):,} prompts have their baseline responses")

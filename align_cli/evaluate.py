@@ -179,10 +179,11 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
 
     Returns:
         `alignment`, the mean rating, with `_low` and `_high` of its 95 % interval, prompts being the independent
-        observations; `moment/<feature>`, the same of a target's features; `diversity/distinct_1` to `_3`; of a target
-        `divergence/ess`, the effective number of the samples as ones of the target; and the step's figures
-        (`align_cli.metrics`). A target's Z is estimated anew, from these samples; where each prompt has its own, and
-        few samples to estimate it from, what depends on it is left out.
+        observations; `unrated`, prompts without a rating, which count in nothing else; `moment/<feature>`, as
+        `alignment` of a target's features; `diversity/distinct_1` to `_3`; of a target `divergence/ess`, the effective
+        number of the samples as ones of the target; and the step's figures (`align_cli.metrics`). A target's Z is
+        estimated anew, from these samples; where each prompt has its own, and few samples to estimate it from, what
+        depends on it is left out.
     """
     experiment = method.experiment
     asked = [prompts[index] for index in range(min(experiment.eval.groups, len(prompts)))]
@@ -206,6 +207,7 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
             if "target" in filled:
                 weights += (filled["target"] - filled["policy"] - filled["log_z"][:, None]).flatten().tolist()
     told = _mean("alignment", [group.ratings for group in drawn])
+    told["unrated"] = len(asked) - len(drawn)
     texts = [text for group in drawn for text in sampler.texts(group)]
     told |= {f"diversity/distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
     if experiment.target is not None:

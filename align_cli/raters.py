@@ -4,7 +4,7 @@ A program reads texts, a reward model the tokens themselves.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Literal, Protocol
 
@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from align_cli.data.batches import Measured, split
 from align_cli.data.store import Group
-from align_cli.errors import RunError
 from align_cli.models.causal import Manner, measure
 from align_cli.ranges import NotEmpty
 
@@ -24,7 +23,6 @@ Scorer = Callable[[str, str], float]
 """Rates a response from the texts of prompt and response (`align_cli.scorers`)."""
 
 LARGEST = float(np.finfo(np.float32).max)
-KEPT = "Checkpoints of earlier steps are whole."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +33,22 @@ class FromModel:
     path: NotEmpty
 
 
+@dataclass(frozen=True)
+class Unrated:
+    """What stands in a group's place where a response of it has no rating.
+
+    Attributes:
+        why: a sentence that names the prompt and the response.
+    """
+
+    why: str
+
+
 class Rater(Protocol):
     """Rates the responses of groups, whose own ratings it does not look at."""
 
-    def __call__(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
-        """(K,) of each group."""
+    def __call__(self, groups: Sequence[Group]) -> list[Group | Unrated]:
+        """The groups with their ratings; one whose responses cannot all be rated is `Unrated`."""
         ...
 
 
@@ -49,29 +58,29 @@ class Within:
 
     rate: Rater
 
-    def __call__(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
-        """(K,) of each group.
+    def __call__(self, groups: Sequence[Group]) -> list[Group | Unrated]:
+        return [each if isinstance(each, Unrated) else self._held(each) for each in self.rate(groups)]
 
-        Raises:
-            RunError: one does not.
-        """
-        found = self.rate(groups)
-        for group, ratings in zip(groups, found, strict=True):
-            beyond = ratings[(ratings < 0) | (ratings > 1)]
-            if len(beyond):
-                raise RunError(
-                    f"a response to {group.where} is rated {beyond[0]:g}; the target weighs responses by ratings "
-                    f"between 0 and 1. target=rlhf takes any. {KEPT}"
-                )
-        return found
+    @staticmethod
+    def _held(group: Group) -> Group | Unrated:
+        beyond = group.ratings[(group.ratings < 0) | (group.ratings > 1)]
+        if not len(beyond):
+            return group
+        return Unrated(
+            f"a response to {group.where} is rated {beyond[0]:g}; the target weighs responses by ratings between 0 and "
+            "1. target=rlhf takes any."
+        )
 
 
 class FirstFeature:
     """Rates by the first of the features that the groups hold."""
 
-    def __call__(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
-        """(K,) of each group."""
-        return [group.given["features"][:, 0] for group in groups]
+    def __call__(self, groups: Sequence[Group]) -> list[Group | Unrated]:
+        return [replace(group, ratings=group.given["features"][:, 0]) for group in groups]
+
+
+class _Bad(Exception):
+    """A scorer gave no rating; says why."""
 
 
 @dataclass(frozen=True)
@@ -81,33 +90,29 @@ class ByProgram:
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
 
-    def __call__(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
-        """(K,) of each group.
-
-        Raises:
-            RunError: the scorer failed, or gave no number.
-        """
+    def __call__(self, groups: Sequence[Group]) -> list[Group | Unrated]:
         return [self._of(group) for group in groups]
 
-    def _of(self, group: Group) -> NDArray[np.float32]:
+    def _of(self, group: Group) -> Group | Unrated:
         # Together with its prompt: some tokenizers take the first space off whatever they decode.
         prompt = group.prompt.tolist()
         told = [prompt, *([*prompt, *response.tolist()] for response in group.responses)]
         asked, *whole = self.tokenizer.batch_decode(told, skip_special_tokens=True)
-        texts = [text.removeprefix(asked) for text in whole]
-        return np.array([self._score(group.where, asked, text) for text in texts], dtype=np.float32)
+        try:
+            ratings = [self._score(group.where, asked, text.removeprefix(asked)) for text in whole]
+        except _Bad as bad:
+            return Unrated(str(bad))
+        return replace(group, ratings=np.array(ratings, dtype=np.float32))
 
     def _score(self, where: str, asked: str, text: str) -> float:
         try:
             found = self.scorer(asked, text)
         except (Exception, SystemExit) as error:  # a scorer of the user's own may fail in any way
-            raise RunError(
-                f"the scorer failed with {type(error).__name__}: {error}; on a response to {where}: {text!r}. {KEPT}"
-            ) from error
+            told = f"{type(error).__name__}: {error}; on a response to {where}: {text!r}."
+            raise _Bad(f"the scorer failed with {told}") from error
         if not isinstance(found, Real) or not abs(found) <= LARGEST:
-            raise RunError(
-                f"the scorer gave {found!r}, no finite number of single precision, for a response to {where}: "
-                f"{text!r}. {KEPT}"
+            raise _Bad(
+                f"the scorer gave {found!r}, no finite number of single precision, for a response to {where}: {text!r}."
             )
         return float(found)
 
@@ -162,20 +167,19 @@ class ByModel:
     budget: int
 
     @torch.no_grad()
-    def __call__(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
-        """(K,) of each group; under ZeRO-3 every rank calls it with the same groups.
-
-        Raises:
-            RunError: a score is no number.
-        """
-        ratings: dict[int, NDArray[np.float32]] = {}
+    def __call__(self, groups: Sequence[Group]) -> list[Group | Unrated]:
+        """As every rater; under ZeRO-3 every rank calls it with the same groups."""
+        found: dict[int, Group | Unrated] = {}
         lengths = self.manner.lengths(Measured.of(groups))
         parts = split(range(len(groups)), lengths, ranks=1, budget=self.budget)[0] if groups else []
         for part in parts:
             batch = self.manner.flatten([groups[index] for index in part.groups]).to(self.device)
             scores = measure(self.network, batch, self.manner)["scores"].float().cpu().numpy()
-            ratings |= dict(zip(part.groups, scores, strict=True))
-        for index, scores in ratings.items():
-            if not np.isfinite(scores).all():
-                raise RunError(f"the reward model gave {scores.tolist()} for {groups[index].where}. {KEPT}")
-        return [ratings[index] for index in range(len(groups))]
+            found |= {index: _scored(groups[index], own) for index, own in zip(part.groups, scores, strict=True)}
+        return [found[index] for index in range(len(groups))]
+
+
+def _scored(group: Group, scores: NDArray[np.float32]) -> Group | Unrated:
+    if np.isfinite(scores).all():
+        return replace(group, ratings=scores)
+    return Unrated(f"the reward model gave {scores.tolist()} for the responses to {group.where}.")

@@ -266,7 +266,7 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
             figures, samples = _judged(prepared, engine)
             after = evaluated() | figures
             _export(prepared, engine, run_dir / "model")
-            summary = _summary(progress, after, cached, device)
+            summary = _summary(progress, after, cached, device, sampled=isinstance(source, Rollout))
             if proposal is not None:
                 summary["proposal/updates"] = proposal.updates
             if distributed.rank() == 0:
@@ -418,7 +418,7 @@ def _export(prepared: Prepared, engine: Engine, folder: Path) -> None:
 
 
 def _summary(
-    progress: Progress, after: dict[str, float], cached: Cached | None, device: torch.device
+    progress: Progress, after: dict[str, float], cached: Cached | None, device: torch.device, *, sampled: bool
 ) -> dict[str, Scalar]:
     peak = max(distributed.gather(_peak_memory(device)))
     summary: dict[str, Scalar] = {
@@ -429,6 +429,8 @@ def _summary(
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else math.nan,
         "peak_memory_gb": peak / 1e9,
     }
+    if sampled:
+        summary["rollout/unrated"] = progress.unrated
     summary |= {f"seconds/{name}": value for name, value in progress.spent.items()}
     summary |= {f"eval/before/{name}": value for name, value in progress.before.items()}
     summary |= {f"eval/after/{name}": value for name, value in after.items()}

@@ -13,21 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from align_cli import distributed
+from align_cli import distributed, terminal
 from align_cli.data.batches import Measured, Minibatch, Step, members, order, split, steps
 from align_cli.data.store import Group, Store
 from align_cli.engine import Engine
+from align_cli.errors import RunError
 from align_cli.generation import Drawn, sample, stops
 from align_cli.proposal import Proposal
-from align_cli.ranges import Count, NonNegative, Positive
-from align_cli.raters import Rater
+from align_cli.ranges import BelowOne, Count, NonNegative, Positive
+from align_cli.raters import Rater, Unrated
 
 # These take the place of a step's number, which counts from 1, in seeds.
 EVALUATION = 0
 FITTING = 2**32 - 1
 
-Extra = Callable[[Sequence[Group], int], Sequence[NDArray[np.float32]]]
-"""Gives a column for each of some prompts in the step of this number, the same on every rank."""
+Extra = Callable[[Sequence[Group], int], Sequence[NDArray[np.float32] | None]]
+"""Gives a column for each of some prompts in the step of this number, the same on every rank.
+
+None is that it cannot: the step goes without the prompt.
+"""
+
+KEPT = "Checkpoints of earlier steps are whole."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,7 @@ class FromPolicy:
     temperature: Positive
     max_new_tokens: Count
     missing_eos_penalty: NonNegative
+    bad_ratings: BelowOne
     minibatches: Count
     epochs: Count
     sequences: Count
@@ -109,6 +116,7 @@ class Sampler:
         stop: the token that ends a response as the data's template writes it; the model may name further ones.
         features: raters that give the column `features`, before `rate` is asked; a target may be made of them.
         spent: seconds, by kind of work; whoever reads them clears them.
+        told: why the first prompt had to be left out, once it was said.
     """
 
     engine: Engine
@@ -118,10 +126,39 @@ class Sampler:
     stop: int
     features: Sequence[Rater] = ()
     spent: dict[str, float] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
 
     def draw(
         self, prompts: Sequence[Group], seed: Sequence[int], *, samples: int, temperature: float | None = None
     ) -> list[Group]:
+        """The prompts with fresh responses and their ratings, in the order of `prompts`, the same on every rank.
+
+        Those whose responses could not all be rated are left out, if they are few enough (`judge`); the arguments are
+        those of `attempt`.
+        """
+        found = self.attempt(prompts, seed, samples=samples, temperature=temperature)
+        self.judge([each for each in found if isinstance(each, Unrated)], of=len(found))
+        return [each for each in found if isinstance(each, Group)]
+
+    def judge(self, bad: Sequence[Unrated], *, of: int) -> None:
+        """Stop where more than `source.bad_ratings` of so many prompts are unrated, and warn of the first.
+
+        Raises:
+            RunError: they are more.
+        """
+        share = self.options.bad_ratings
+        if bad and len(bad) / of > share:
+            most = f"source.bad_ratings={share:g} of them may be without"
+            counted = f" {len(bad)} of {of} prompts have no ratings; {most}." if share else ""
+            raise RunError(f"{bad[-1].why}{counted} {KEPT}")
+        if bad and not self.told:
+            self.told.append(bad[0].why)
+            if distributed.rank() == 0:
+                terminal.warn(f"{bad[0].why} Such prompts are left out, and counted in rollout/unrated")
+
+    def attempt(
+        self, prompts: Sequence[Group], seed: Sequence[int], *, samples: int, temperature: float | None = None
+    ) -> list[Group | Unrated]:
         """The prompts with fresh responses and their ratings, in the order of `prompts`, the same on every rank.
 
         Args:
@@ -153,8 +190,7 @@ class Sampler:
         mine = self._rated([_group(prompt, drawn[place]) for place, prompt in enumerate(share)], set(eos_ids))
         for name, seconds in (("rollout", sampled - begun), ("score", time.perf_counter() - sampled)):
             self.spent[name] = self.spent.get(name, 0.0) + seconds
-        if ranks == 1:
-            return mine
+        # Where all ranks have rated all, the first one's word holds: a scorer may fail on one rank and not on another.
         every = distributed.gather(mine)
         return [every[place % ranks][place // ranks] for place in range(len(prompts))]
 
@@ -163,16 +199,25 @@ class Sampler:
         told = [response.tolist() for response in group.responses]
         return self.tokenizer.batch_decode(told, skip_special_tokens=True)
 
-    def _rated(self, groups: list[Group], eos_ids: set[int]) -> list[Group]:
-        if self.features:
-            values = zip(*(rate(groups) for rate in self.features), strict=True)
-            columns = [{"features": np.stack(each, axis=-1)} for each in values]
-            groups = [replace(group, given=column) for group, column in zip(groups, columns, strict=True)]
-        found: list[Group] = []
-        for group, ratings in zip(groups, self.rate(groups), strict=True):
-            cut = np.array([int(response[-1]) not in eos_ids for response in group.responses], dtype=np.float32)
-            found.append(replace(group, ratings=ratings - self.options.missing_eos_penalty * cut))
+    def _rated(self, groups: Sequence[Group], eos_ids: set[int]) -> list[Group | Unrated]:
+        found = self._featured(groups) if self.features else list(groups)
+        rated = iter(self.rate([each for each in found if isinstance(each, Group)]))
+        found = [each if isinstance(each, Unrated) else next(rated) for each in found]
+        return [each if isinstance(each, Unrated) else self._ended(each, eos_ids) for each in found]
+
+    def _featured(self, groups: Sequence[Group]) -> list[Group | Unrated]:
+        """The groups with the column `features`."""
+        found: list[Group | Unrated] = []
+        for group, each in zip(groups, zip(*(rate(groups) for rate in self.features), strict=True), strict=True):
+            bad = next((one for one in each if isinstance(one, Unrated)), None)
+            values = [one.ratings for one in each if isinstance(one, Group)]
+            found.append(bad or replace(group, given={"features": np.stack(values, axis=-1)}))
         return found
+
+    def _ended(self, group: Group, eos_ids: set[int]) -> Group:
+        """The group with the penalty on responses that were cut."""
+        cut = np.array([int(response[-1]) not in eos_ids for response in group.responses], dtype=np.float32)
+        return replace(group, ratings=group.ratings - self.options.missing_eos_penalty * cut)
 
 
 def _group(prompt: Group, drawn: Sequence[Drawn]) -> Group:
@@ -215,12 +260,14 @@ class Rollout:
             with nullcontext() if self.proposal is None else self.proposal.drawing():
                 drawn = self.sampler.draw(asked, (self.seed, number), samples=options.samples)
             drawn = self.completed(drawn, number)
+            if not drawn:
+                raise RunError(f"no prompt of step {number} has all the ratings that it needs. {KEPT}")
             shuffled = np.random.default_rng((self.seed, number))
             cut = np.array_split(shuffled.permutation(len(drawn)), min(options.minibatches, len(drawn)))
             minibatches = tuple(self._minibatch(places, drawn) for places in cut)
             order = [place for _ in range(options.epochs) for place in shuffled.permutation(len(minibatches)).tolist()]
             tokens = sum(len(group.prompt) for group in drawn) + sum(part.response_tokens for part in minibatches)
-            yield Step(number, minibatches, tuple(order), drawn, tokens, self._spent())
+            yield Step(number, minibatches, tuple(order), drawn, tokens, self._spent(), len(asked) - len(drawn))
 
     def spread(self, responses: int, *, apiece: int) -> list[Group]:
         """At least so many responses at temperature 1, to the first prompts in the order of the seed.
@@ -236,10 +283,10 @@ class Rollout:
         return drawn
 
     def completed(self, drawn: list[Group], number: int) -> list[Group]:
-        """The groups with the further columns of this step."""
+        """The groups with the further columns of this step, without those that lack one."""
         for name, make in self.extras.items():
-            values = make(drawn, number)
-            drawn = [replace(g, given={**g.given, name: value}) for g, value in zip(drawn, values, strict=True)]
+            values = zip(drawn, make(drawn, number), strict=True)
+            drawn = [replace(g, given={**g.given, name: value}) for g, value in values if value is not None]
         return drawn
 
     def _minibatch(self, places: NDArray[np.int64], drawn: Sequence[Group]) -> Minibatch:

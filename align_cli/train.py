@@ -72,6 +72,7 @@ class Progress:
         seconds: time in steps, without evaluation and saving.
         spent: the same by kind of work: train, and what a source does.
         groups, tokens: what went through the steps, over all ranks; tokens of prompts count once.
+        unrated: groups that steps went without, because responses to them could not be rated.
         first_loss, last_loss: of the first and the last logged step.
         before: evaluation before the first step.
         inputs: digests of the data and of the starting weights.
@@ -84,6 +85,7 @@ class Progress:
     spent: dict[str, float] = field(default_factory=dict)
     groups: int = 0
     tokens: int = 0
+    unrated: int = 0
     first_loss: float = math.nan
     last_loss: float = math.nan
     before: dict[str, float] = field(default_factory=dict)
@@ -129,6 +131,7 @@ def train(
         progress.step = step.number
         progress.groups += len(step.groups)
         progress.tokens += step.tokens
+        progress.unrated += step.unrated
         if isinstance(experiment.source, FromPolicy):
             ratings.add(step.store[index] for index in step.groups)
             against = ratings.doubt() if step.number in (1, of) else None
@@ -146,7 +149,10 @@ def train(
             progress.last_loss = figures["loss"]
             if step.number == 1:
                 progress.first_loss = figures["loss"]
-            figures |= {"learning_rate": lr, "grad_norm": _finite(norms), "epoch": progress.groups / len(store)}
+            epoch = (progress.groups + progress.unrated) / len(store)
+            figures |= {"learning_rate": lr, "grad_norm": _finite(norms), "epoch": epoch}
+            if isinstance(experiment.source, FromPolicy):
+                figures["rollout/unrated"] = progress.unrated
             if step.seconds:
                 figures |= {f"seconds/{name}": value for name, value in spent.items()}
         if experiment.eval.every is not None and step.number % experiment.eval.every == 0 and step.number < of:

@@ -27,6 +27,7 @@ from align_cli.tracking import read_metrics
 
 SAMPLED = ("source.samples=2", "source.max_new_tokens=6")
 MATCHED = ("scorer=matches", "scorer.pattern='[0-4]'")
+ERRING = ("scorer=noisy_addition", "scorer.bias=0.5", "scorer.noise=0.1", "target.floor=0.01")
 METHODS = {
     "nca": [],
     "lora": ["adapter=lora"],
@@ -44,8 +45,10 @@ METHODS = {
     ],
     "greedy": ["algo=remax", *SAMPLED, *MATCHED],
     "target": ["algo=fdpg", "divergence=js", "target.floor=0.01", *SAMPLED, *MATCHED],
+    # prompts whose ratings lie outside what the target takes, on one rank or on both
+    "unrated": ["algo=fdpg", "divergence=js", *SAMPLED, *ERRING, "source.bad_ratings=0.9", "train.prompts=8"],
 }
-ONLINE = ("rated", "again", "greedy", "target")
+ONLINE = ("rated", "again", "greedy", "target", "unrated")
 WIDE = 8192  # tokens of its vocabulary; a megabyte of float32 holds the logits of 30 states
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 # With ε = lr an update of AdamW moves a weight by about as much as its gradient differs, and not by lr times a sign
@@ -70,6 +73,7 @@ RUNS = {
     **{f"zero1-{method}": (method, ["engine=zero1"]) for method in ONLINE},
     "zero3-again": ("again", ["engine=zero3"]),
     "zero3-target": ("target", ["engine=zero3"]),
+    "zero3-unrated": ("unrated", ["engine=zero3"]),
     "zero2-unclipped": ("unclipped", ["engine=zero2"]),
     "zero3-frozen": ("nca", ["engine=zero3", "reference=frozen"]),
     "zero1-frozen": ("nca", ["engine=zero1", "reference=frozen"]),

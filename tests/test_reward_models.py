@@ -29,12 +29,12 @@ from transformers import (
 from align_cli import run, train
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
-from align_cli.errors import RunError, UserError
+from align_cli.errors import UserError
 from align_cli.models import scalar
 from align_cli.models.adapters import Adapter, attach
 from align_cli.models.causal import Manner, Model, load_model, measure
 from align_cli.models.head import Transform
-from align_cli.raters import ByModel
+from align_cli.raters import ByModel, Unrated
 
 VOCABULARY = 47  # of the tiny model
 CPU = torch.device("cpu")
@@ -381,21 +381,23 @@ def test_a_rating_is_the_score_whatever_the_budget(budget: int, trained: Path) -
     drawn = [*groups(), *groups(((2,), (3, 1)), seed=1)]
     found = rater(trained / "model", budget=budget)(drawn)
     plain: Any = AutoModelForSequenceClassification.from_pretrained(trained / "model", dtype=torch.float64)
-    for group, ratings in zip(drawn, found, strict=True):
+    for group, rated in zip(drawn, found, strict=True):
+        assert isinstance(rated, Group)
         # ratings are float32: 6e-8 of a score of order 1
-        assert ratings.tolist() == pytest.approx(alone(plain, group), abs=1e-6)
+        assert rated.ratings.tolist() == pytest.approx(alone(plain, group), abs=1e-6)
 
 
 def test_no_groups_have_no_ratings(trained: Path) -> None:
     assert rater(trained / "model")([]) == []
 
 
-def test_a_score_that_is_no_number_stops_the_run(trained: Path) -> None:
+def test_a_score_that_is_no_number_is_no_rating(trained: Path) -> None:
     rate = rater(trained / "model")
     head: Any = rate.network
     torch.nn.init.constant_(head.score.weight, math.nan)
-    with pytest.raises(RunError, match=r"the reward model gave \[nan, .* for here"):
-        rate(groups())
+    for found in rate(groups()):
+        assert isinstance(found, Unrated)
+        assert found.why == "the reward model gave [nan, nan, nan] for the responses to here."
 
 
 ONLINE = ("algo=nca", "source=rollout", "source.samples=3", "source.max_new_tokens=6", "reference=frozen")

@@ -3,6 +3,8 @@
 import math
 import shutil
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +17,15 @@ from safetensors.torch import load_file
 from small_runs import align, build_model, largest_difference, overrides, read, summary, weights, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_cli import assembly, distributed, run, scorers
+from align_cli import assembly, baselines, distributed, run, scorers
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
 from align_cli.errors import RunError
 from align_cli.evaluate import distinct, effective
 from align_cli.models.causal import Manner, measure
 from align_cli.normaliser import LogZ
-from align_cli.raters import ByProgram, Within
-from align_cli.sources import FromPolicy, Sampler
+from align_cli.raters import ByProgram, Unrated, Within
+from align_cli.sources import FromPolicy, Rollout, Sampler
 from align_cli.tracking import read_metrics
 
 
@@ -40,7 +42,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sampler(model: Path, scorer: Any = lambda prompt, response: float(len(response)), **changed: Any) -> Sampler:
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     options = {"name": "rollout", "samples": 3, "temperature": 1.0, "max_new_tokens": 12, "sequences": 64}
-    options |= {"missing_eos_penalty": 0.0, "minibatches": 1, "epochs": 1}
+    options |= {"missing_eos_penalty": 0.0, "bad_ratings": 0.0, "minibatches": 1, "epochs": 1}
     engine: Any = SimpleNamespace(network=network, collective=False, manner=Manner(flat=False))
     tokenizer = AutoTokenizer.from_pretrained(model)
     rater, section = ByProgram(scorer, tokenizer), FromPolicy(**{**options, **changed})
@@ -121,6 +123,104 @@ def test_a_score_may_be_any_real_number(model: Path, value: Any) -> None:
     assert drawn[0].ratings.tolist() == [float(value)] * 3
 
 
+def test_prompts_without_ratings_are_left_out_up_to_a_share(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = prompts(model, "1+2=", "34+5=", "6+78=", "3+4=")
+    failing = sampler(model, lambda prompt, response: 1 / (prompt != "34+5="), bad_ratings=0.25)
+    found = [failing.draw(asked, (5, number), samples=3) for number in (7, 8)]
+    assert [group.where for group in found[0]] == ["rows.jsonl:1", "rows.jsonl:3", "rows.jsonl:4"]
+    whole = sampler(model).draw(asked, (5, 7), samples=3)
+    for one, other in zip(found[0], [whole[0], *whole[2:]], strict=True):
+        assert [r.tolist() for r in one.responses] == [r.tolist() for r in other.responses]
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("Such prompts are left out") == 1 and "on a response to rows.jsonl:2: '" in told
+    failing = sampler(model, lambda prompt, response: 1 / (prompt[0] != "3"), bad_ratings=0.25)
+    words = (
+        r"to rows\.jsonl:4: '.*'\. 2 of 4 prompts have no ratings; source\.bad_ratings=0\.25 of them may be without\."
+    )
+    with pytest.raises(RunError, match=words):
+        failing.draw(asked, (5, 7), samples=3)
+
+
+def test_where_all_ranks_rate_all_the_first_decides_who_is_left_out(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, mine = prompts(model, "1+2=", "34+5="), sampler(model, bad_ratings=0.5)
+    first = sampler(model, lambda prompt, response: 1 / (prompt != "1+2="), bad_ratings=0.5)
+    theirs: list[Any] = []
+    monkeypatch.setattr(distributed, "gather", lambda thing: [theirs.append(thing) or thing])
+    first.draw(asked, (5, 7), samples=3)
+    mine.engine.collective = True  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(distributed, "gather", lambda thing: [theirs[0], thing])
+    assert [group.where for group in mine.draw(asked, (5, 7), samples=3)] == ["rows.jsonl:2"]
+
+
+def test_a_prompt_without_baselines_or_greedy_rating_is_left_out(model: Path, tmp_path: Path) -> None:
+    asked = prompts(model, "1+2=", "34+5=", "6+78=")
+    failing = sampler(model, lambda prompt, response: 1 / (prompt != "34+5="), bad_ratings=0.5)
+    named: Any = {"responses": 2, "seed": 0, "origin": "", "say": lambda text: None}
+    there = baselines.prepare(failing, asked, kept=tmp_path, **named)
+    again = baselines.prepare(failing, asked, kept=tmp_path, **named)
+    extras = [there, again, partial(assembly._greedy, failing, 0)]
+    for name, make in zip(("baselines", "baselines", "greedy"), extras, strict=True):
+        rollout = Rollout(Any, failing, {name: make}, prompts=3, seed=0, together=False, budget=99)  # pyright: ignore
+        left = rollout.completed(asked, 1)
+        assert [group.where for group in left] == ["rows.jsonl:1", "rows.jsonl:3"]
+        assert all(name in group.given for group in left)
+
+
+def failing(prompt: str, response: str) -> float:
+    """1 where a response begins with a low digit; fails on prompts that begin with 1."""
+    return float(response[:1] in "01234") / (not prompt.startswith("1"))
+
+
+failing.__module__ = scorers.__name__
+TOLERANT = ("scorer=compiles", "source.bad_ratings=0.9", "train.steps=null", "train.prompts=6")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ["algo=rloo"],
+        ["algo=remax"],
+        ["algo=ppo", "reward=contrastive", "source.minibatches=2"],
+        ["algo=fdpg", "divergence=js", "target.floor=0.1"],
+        ["algo=fdpg", "divergence=js", "target=exponential", "target.samples=96"],
+    ],
+    ids=["rloo", "remax", "contrastive", "fdpg", "exponential"],
+)
+def test_a_run_goes_without_prompts_that_cannot_be_rated_and_counts_them(
+    case: list[str], model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorers, "compiles", failing)
+    tilted = ["target.features.low={scorer: compiles, moment: 0.3}"] if "target=exponential" in case else []
+    given = overrides(model, rows, tmp_path / "run", *case, *tilted, *ONLINE, *TOLERANT)
+    prepared = run.prepare(read(given), lambda text: None)
+    texts: list[list[Any]] = [
+        [prepared.tokenizer.decode(store[index].prompt, skip_special_tokens=True) for index in range(len(store))]
+        for store in (prepared.train, prepared.held_out)
+    ]
+    trained, evaluated = (sum(text.startswith("1") for text in each) for each in texts)
+    assert 0 < trained < len(texts[0]) and 0 < evaluated < len(texts[1])
+    assert align("train", *given) == 0
+    found, lines = summary(tmp_path / "run"), read_metrics(tmp_path / "run")
+    assert found["rollout/unrated"] == lines[-1]["rollout/unrated"] == trained
+    assert found["eval/before/unrated"] == found["eval/after/unrated"] == evaluated
+    assert lines[-1]["epoch"] == 1
+
+
+def test_no_failure_is_tolerated_unless_it_is_asked_for_and_never_a_step_of_nothing(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scorers, "compiles", failing)
+    given = [*ONLINE, *TOLERANT]
+    assert align("train", *overrides(model, rows, tmp_path / "run", "algo=rloo", *given, "source.bad_ratings=0")) == 1
+    assert "failed with ZeroDivisionError: float division by zero; on a response to" in capsys.readouterr().err
+    monkeypatch.setattr(baselines.Baselines, "__call__", lambda self, prompts, number: [None] * len(prompts))
+    given += ["algo=ppo", "reward=contrastive"]
+    assert align("train", *overrides(model, rows, tmp_path / "none", *given)) == 1
+    assert "no prompt of step 1 has all the ratings that it needs." in capsys.readouterr().err
+
+
 def test_a_response_keeps_the_space_that_it_begins_with() -> None:
     class Stripping:
         """Takes the first space off what it decodes, as SentencePiece's tokenizers do."""
@@ -139,8 +239,9 @@ def test_a_weight_outside_zero_and_one_names_its_row(model: Path, rows: Path, tm
     given = ["algo=fdpg", "scorer=noisy_addition", *ONLINE, "train.steps=1", "train.prompts=8"]
     assert align("train", *overrides(model, rows, tmp_path / "run", *given)) == 1
     drawn = sampler(model).draw(prompts(model, "1+2="), (5, 1), samples=3)
-    with pytest.raises(RunError, match=r"a response to rows\.jsonl:1 is rated 2;"):
-        Within(lambda groups: [np.array([0.5, 2, 1], dtype=np.float32)])(drawn)
+    within = Within(lambda groups: [replace(each, ratings=np.array([0.5, 2, 1], dtype=np.float32)) for each in groups])
+    (found,) = within(drawn)
+    assert isinstance(found, Unrated) and "a response to rows.jsonl:1 is rated 2;" in found.why
 
 
 @pytest.mark.parametrize("samples, told", [(4, False), (64, True)])

@@ -49,6 +49,7 @@ class Step:
         store: what groups and parts are indices into.
         tokens: of all groups; a group's prompt counts once.
         seconds: what making it took, by kind of work.
+        unrated: prompts that it goes without, because responses to them could not be rated.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Step:
     store: "Groups"
     tokens: int
     seconds: dict[str, float]
+    unrated: int
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -234,7 +236,7 @@ def steps(
         parts = split(groups, lengths, ranks=ranks, budget=budget)
         responses = int(store.response_tokens[groups].sum())
         tokens = int(store.prompt_tokens[groups].sum()) + responses
-        yield Step(number, (Minibatch(tuple(groups), tuple(parts[rank]), responses),), (0,), store, tokens, {})
+        yield Step(number, (Minibatch(tuple(groups), tuple(parts[rank]), responses),), (0,), store, tokens, {}, 0)
 
 
 @dataclass(frozen=True)
