@@ -48,7 +48,7 @@ from align_cli.models.scalar import attach_value_head, load_reward_model
 from align_cli.models.scalar import error_of as scalar_error
 from align_cli.normaliser import LogZ
 from align_cli.proposal import Proposal
-from align_cli.raters import ByModel, ByProgram, FirstFeature, FromModel, Rater, Within
+from align_cli.raters import ByModel, ByProgram, Ensemble, FirstFeature, FromEnsemble, Models, Rater, Within
 from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics, rows, weights_digest
 from align_cli.reinforcement import Scaled, TokenRewards, Whitened, summed
 from align_cli.sections import Moments
@@ -360,12 +360,13 @@ def _fitted(source: Rollout, moments: Moments) -> dict[str, Any]:
 
 
 def _content(experiment: Experiment) -> str:
-    """What decides a rating beside the options of the `scorer` section: a program's text, or a model's weights."""
-    if not isinstance(experiment.scorer, FromModel):
+    """What decides a rating beside the options of the `scorer` section: a program's text, or the models' weights."""
+    if not isinstance(experiment.scorer, Models):
         scorer = config.find("align_cli.scorers", experiment.tree["scorer"]["name"], "scorer")
         return "\n".join(path.read_text(encoding="utf-8") for path in _sources(scorer))
-    model = replace(experiment.model, path=experiment.scorer.path, revision=None)
-    return weights_digest(model.path, vars(read_architecture(model)).get("_commit_hash"))
+    models = [replace(experiment.model, path=path, revision=None) for path in experiment.scorer.paths]
+    digests = [weights_digest(each.path, vars(read_architecture(each)).get("_commit_hash")) for each in models]
+    return "\n".join(digests)
 
 
 def _sources(scorer: Callable[..., Any]) -> list[Path]:
@@ -381,15 +382,30 @@ def build_rater(prepared: Prepared, engine: Engine) -> Rater:
     """Who rates what the policy samples; every rank calls it."""
     experiment = prepared.experiment
     assert experiment.scorer is not None, "a rollout was checked to have one"
-    if not isinstance(experiment.scorer, FromModel):
-        rate = ByProgram(experiment.scorer, prepared.tokenizer)
+    scorer = experiment.scorer
+    if not isinstance(scorer, Models):
+        rate = ByProgram(scorer, prepared.tokenizer)
         return Within(rate) if "ratings" in experiment.target_asks else rate
-    model = replace(experiment.model, path=experiment.scorer.path, revision=None)
-    dtype = experiment.engine.dtype(engine.device)
-    network, called = _beside(experiment, engine.device, lambda: load_reward_model(model, dtype=dtype))
-    logits_mb, device = experiment.engine.logits_mb, engine.device
+    if not isinstance(scorer, FromEnsemble):
+        return _reward_model(experiment, engine, scorer.path, visits=False)
+    visits = scorer.apart and engine.device.type == "cuda" and experiment.engine.stage != 3
+    members = [_reward_model(experiment, engine, path, visits=visits) for path in scorer.paths]
+    return Ensemble(members, scorer.aggregate, scorer.caution)
+
+
+def _reward_model(experiment: Experiment, engine: Engine, path: str, *, visits: bool) -> ByModel:
+    """The reward model of a folder beside the policy; every rank calls it.
+
+    Args:
+        visits: whether it is on the device only while it rates.
+    """
+    model, device = replace(experiment.model, path=path, revision=None), engine.device
+    dtype, logits_mb = experiment.engine.dtype(device), experiment.engine.logits_mb
+    network, called = _beside(experiment, device, lambda: load_reward_model(model, dtype=dtype))
     manner = find_manner(network, called, model, dtype=dtype, logits_mb=logits_mb, device=device, scalar="scores")
-    return ByModel(called, manner, device, experiment.engine.micro_tokens)
+    if visits:
+        called.to("cpu")
+    return ByModel(called, manner, device, experiment.engine.micro_tokens, visits)
 
 
 def open_cache(experiment: Experiment, engine: Engine, digest: str) -> Cached:

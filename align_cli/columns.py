@@ -43,6 +43,7 @@ GLOSSARY = {
     "advantages": "(B, K, T) the same, with mean 0 and deviation 1 over the step where `advantage.whiten` asks for it",
     "returns": "(B, K, T) what `values` is to predict, in units of the reward",
     "baselines": "(B, N) ratings of N responses of the starting model to each prompt",
+    "spread": "(B, K) deviation of the ratings that the members of an ensemble give each response",
     "greedy": "(B,) rating of the policy's most likely response to each prompt",
 }
 

@@ -23,7 +23,7 @@ from align_cli.normaliser import LogZ
 from align_cli.preferences import strict_pairs
 from align_cli.proposal import Adaptive
 from align_cli.ranges import NotEmpty
-from align_cli.raters import FromModel, Scorer
+from align_cli.raters import FromEnsemble, Models, Scorer
 from align_cli.reinforcement import AdaptiveKL, FixedKL, TokenRewards, Whitened, summed
 from align_cli.sections import (
     PARTS,
@@ -57,6 +57,7 @@ MARGIN = 0.1  # share of a device's memory that a chosen stage leaves to buffers
 GIVEN = ("ratings", "lengths", "mask", "batch", *columns.POLICY)
 SAMPLED = ("behavior", "behavior_tokens", "greedy", "baselines")  # given by rollouts alone
 FEATURED = ("features",)  # given by rollouts whose target asks for them
+DISAGREED = ("spread",)  # given by rollouts that several reward models rate
 ASKED = {"scorer": NotEmpty, "moment": float}  # of each feature, beside the scorer's options
 SHOWN = "target.features.NAME={scorer: matches, pattern: '^hmm', moment: 0.5}"
 
@@ -119,7 +120,7 @@ class Experiment:
     at_reference: Loss | None
     reward: Loss
     source: FromDataset | FromPolicy
-    scorer: Scorer | FromModel | None
+    scorer: Scorer | Models | None
     moments: Moments | None
     target: Loss | None
     normaliser: Literal["shared", "prompt"]
@@ -194,7 +195,7 @@ class Experiment:
     @property
     def alone(self) -> bool:
         """Whether the network that trains is the only model, and computes with no weights but the trained ones."""
-        return not self.frozen_reference and not isinstance(self.scorer, FromModel) and self.proposal is None
+        return not self.frozen_reference and not isinstance(self.scorer, Models) and self.proposal is None
 
     @property
     def frozen_reference(self) -> bool:
@@ -394,6 +395,7 @@ def _read(tree: Tree) -> Experiment:
     remembered = ["old_values"] if "values" in asked else []
     try:
         sampled = (*SAMPLED, *remembered, *(FEATURED if featured else ()))
+        sampled += DISAGREED if scorer is FromEnsemble else ()
         made = columns.plan(wanted, (*GIVEN, *sampled) if rolls else GIVEN, makers)
     except ValueError as error:
         there = ", ".join(dict.fromkeys([*GIVEN, *makers]))
@@ -617,12 +619,21 @@ def terms(experiment: Experiment, shape: memory.Shape) -> dict[str, float]:
         response_share=share,
         plain_head=experiment.model.head == "plain",
         scores=experiment.scalar == "scores",
-        rater=isinstance(experiment.scorer, FromModel),
+        raters=_raters_at_once(experiment),
         sampled=_sampled_at_a_time(experiment, size),
         frozen_reference=experiment.frozen_reference,
         frozen_bits=experiment.adapter.bits,
         proposal=experiment.proposal is not None,
     )
+
+
+def _raters_at_once(experiment: Experiment) -> int:
+    """Reward models that lie on a device at a time."""
+    scorer = experiment.scorer
+    if not isinstance(scorer, Models):
+        return 0
+    apart = isinstance(scorer, FromEnsemble) and scorer.apart and on_gpu(experiment) and experiment.engine.stage != 3
+    return 1 if apart else len(scorer.paths)
 
 
 def _sampled_at_a_time(experiment: Experiment, size: Mapping[str, float]) -> int:
@@ -664,6 +675,8 @@ def column_makers(experiment: Experiment) -> dict[str, str]:
     if "ratings" in asked or "rewards" in experiment.made or "target" in experiment.made:
         scorer = f"scorer={tree['scorer']['name']}" if tree.get("scorer") else "the first feature"
         table["ratings"] = scorer if sampled else f"data={tree['data']['name']}"
+    if isinstance(experiment.scorer, FromEnsemble):
+        table["spread"] = f"{len(experiment.scorer.paths)} reward models"
     if experiment.moments is not None:
         scorers = (tree["target"]["features"][name]["scorer"] for name in experiment.moments.features)
         table["features"] = ", ".join(f"scorer {name}" for name in scorers)

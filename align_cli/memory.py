@@ -114,7 +114,7 @@ def per_device(
     response_share: float,
     plain_head: bool,
     scores: bool = False,
-    rater: bool = False,
+    raters: int = 0,
     sampled: int = 0,
     frozen_reference: bool,
     frozen_bits: int | None,
@@ -132,7 +132,7 @@ def per_device(
         response_share: share of a micro-batch's tokens whose logits are needed.
         plain_head: whether the model makes its logits itself, all at once.
         scores: whether it is a reward model, which makes none.
-        rater: whether a reward model lies beside the policy; it is taken to be as large.
+        raters: reward models that lie beside the policy at a time; each is taken to be as large.
         sampled: tokens of the sequences that are sampled at a time, prompts included.
         frozen_reference: whether a second model lies beside the policy.
         frozen_bits: bits of frozen weights where they are quantised.
@@ -181,13 +181,13 @@ def per_device(
         terms["keys and values of samples"] = cache
     if frozen_reference:
         terms["reference model"] = weights / weight_share
-    if rater:
-        terms["reward model"] = shape.parameters * size / weight_share
+    if raters:
+        terms["reward model" if raters == 1 else "reward models"] = raters * shape.parameters * size / weight_share
     if proposal:
         terms["proposal"] = shape.trained * size / weight_share
     if stage == 3:
         terms["gathered layers"] = 2 * shape.parameters / shape.layers * size
-        if 1 < node < ranks and not (frozen_reference or rater or proposal):
+        if 1 < node < ranks and not (frozen_reference or raters or proposal):
             terms["a node's copy of the weights"] = weights / node
     return terms
 

@@ -18,6 +18,7 @@ from align_cli.metrics import (
     approximation,
     contrast,
     critic,
+    disagreement,
     likelihood,
     moments,
     objective,
@@ -184,6 +185,8 @@ class Method:
             found |= approximation(filled["policy"], filled["behavior"], filled["target"], filled["log_z"])
         if self.experiment.moments is not None:
             found |= moments(filled["features"], names=list(self.experiment.moments.features))
+        if "spread" in filled:
+            found |= disagreement(filled["spread"])
         if "advantages" in filled:
             tokens = (filled["policy_tokens"], filled["behavior_tokens"], filled["mask"])
             found |= update(*tokens, clip=self.experiment.clip)

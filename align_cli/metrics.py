@@ -127,6 +127,15 @@ def sampled(policy: Tensor, reference: Tensor, ratings: Tensor, lengths: Tensor)
     return _over_prompts(values)
 
 
+def disagreement(spread: Tensor) -> Metrics:
+    """`rewards/spread`: by how much the members of an ensemble disagree on a response.
+
+    Args:
+        spread: (B, K) deviation of their ratings.
+    """
+    return _over_prompts({"rewards/spread": spread.mean(-1)})
+
+
 def moments(features: Tensor, *, names: Sequence[str]) -> Metrics:
     """`rollout/moment/*`: the mean of each feature over the policy's own samples.
 

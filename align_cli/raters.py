@@ -6,10 +6,11 @@ A program reads texts, a reward model the tokens themselves.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
+from annotated_types import MinLen
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from align_cli.data.batches import Measured, split
 from align_cli.data.store import Group
 from align_cli.models.causal import Manner, measure
-from align_cli.ranges import NotEmpty
+from align_cli.ranges import NonNegative, NotEmpty
 
 Scorer = Callable[[str, str], float]
 """Rates a response from the texts of prompt and response (`align_cli.scorers`)."""
@@ -31,6 +32,25 @@ class FromModel:
 
     name: Literal["model"]
     path: NotEmpty
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all reward models."""
+        return [self.path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromEnsemble:
+    """The `scorer` section of a run whose responses several reward models rate together."""
+
+    name: Literal["ensemble"]
+    paths: Annotated[list[NotEmpty], MinLen(1)]
+    aggregate: Literal["mean", "min"]
+    caution: NonNegative
+    apart: bool
+
+
+Models = FromModel | FromEnsemble
 
 
 @dataclass(frozen=True)
@@ -159,16 +179,27 @@ class ByModel:
         network: the reward model, ready to be called on this rank's device.
         manner: how it is measured.
         budget: most tokens of a micro-batch.
+        visits: whether the network is on the device only while it rates, and in the host's memory otherwise.
     """
 
     network: nn.Module
     manner: Manner
     device: torch.device
     budget: int
+    visits: bool
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[Group]) -> list[Group | Unrated]:
         """As every rater; under ZeRO-3 every rank calls it with the same groups."""
+        if not self.visits:
+            return self._rated(groups)
+        self.network.to(self.device)
+        try:
+            return self._rated(groups)
+        finally:
+            self.network.to("cpu")
+
+    def _rated(self, groups: Sequence[Group]) -> list[Group | Unrated]:
         found: dict[int, Group | Unrated] = {}
         lengths = self.manner.lengths(Measured.of(groups))
         parts = split(range(len(groups)), lengths, ranks=1, budget=self.budget)[0] if groups else []
@@ -183,3 +214,33 @@ def _scored(group: Group, scores: NDArray[np.float32]) -> Group | Unrated:
     if np.isfinite(scores).all():
         return replace(group, ratings=scores)
     return Unrated(f"the reward model gave {scores.tolist()} for the responses to {group.where}.")
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Rates by several raters, and gives the column `spread`: by how much they disagree.
+
+    The mean, or the least, of the members' ratings, less `caution` times their deviation. Coste et al., "Reward Model
+    Ensembles Help Mitigate Overoptimization", arXiv 2310.02743; theirs takes the variance and not the deviation away.
+    """
+
+    members: Sequence[Rater]
+    aggregate: Literal["mean", "min"]
+    caution: float
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group | Unrated]:
+        """As every rater; a group that a member cannot rate is `Unrated`."""
+        every = [member(groups) for member in self.members]  # one after the other: each may visit the device
+        return [self._together(told) for told in zip(*every, strict=True)]
+
+    def _together(self, told: Sequence[Group | Unrated]) -> Group | Unrated:
+        rated: list[Group] = []
+        for each in told:
+            if isinstance(each, Unrated):
+                return each
+            rated.append(each)
+        ratings = np.stack([each.ratings for each in rated]).astype(np.float64)
+        spread = ratings.std(axis=0)
+        found = (ratings.mean(axis=0) if self.aggregate == "mean" else ratings.min(axis=0)) - self.caution * spread
+        given = {**rated[0].given, "spread": spread.astype(np.float32)}
+        return replace(rated[0], ratings=found.astype(np.float32), given=given)

@@ -121,9 +121,10 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
             "as it starts, which must be the reference. reference.path=null would be right."
         )
     if target and target["name"] in PROBABILITIES:
-        if (tree.get("scorer") or {}).get("name") == "model":
+        scorer = (tree.get("scorer") or {}).get("name")
+        if scorer in ("model", "ensemble"):
             problems.append(
-                f"target={target['name']} scorer=model: a reward model's scores are no numbers between 0 and 1. "
+                f"target={target['name']} scorer={scorer}: a reward model's scores are no numbers between 0 and 1. "
                 "target=rlhf takes them."
             )
         if tree["source"]["missing_eos_penalty"]:

@@ -27,7 +27,7 @@ from align_cli.method import Method
 from align_cli.models.causal import load_tokenizer, read_architecture
 from align_cli.models.scalar import classifier, is_reward_model
 from align_cli.precision import Arithmetic, choose_for
-from align_cli.raters import FromModel
+from align_cli.raters import FromModel, Models
 from align_cli.references import Cached, Say, rows, weights_digest
 from align_cli.rundir import Scalar
 from align_cli.sources import Dataset, FromDataset, FromPolicy, Rollout
@@ -87,8 +87,10 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
                 f"reference.path={experiment.reference.path}: its tokenizer has other tokens than "
                 f"model.path={experiment.model.path}; log-probabilities of the same token ids would not compare."
             )
-    if isinstance(experiment.scorer, FromModel):
-        _refuse_rater(experiment, experiment.scorer.path, tokenizer)
+    if isinstance(experiment.scorer, Models):
+        key = "scorer.path" if isinstance(experiment.scorer, FromModel) else "scorer.paths"
+        for path in experiment.scorer.paths:
+            _refuse_rater(experiment, key, path, tokenizer)
     source = experiment.source
     store, held_out = prepare_data(
         experiment.data,
@@ -112,8 +114,12 @@ def world_of(options: World, say: Say) -> WorldPaths:
     return made
 
 
-def _refuse_rater(experiment: Experiment, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a folder that holds no reward model, or one that reads other tokens than the policy writes."""
+def _refuse_rater(experiment: Experiment, key: str, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a folder that holds no reward model, or one that reads other tokens than the policy writes.
+
+    Args:
+        key: that names the folder.
+    """
     model = replace(experiment.model, path=path, revision=None)
     try:
         architecture = read_architecture(model)
@@ -123,15 +129,15 @@ def _refuse_rater(experiment: Experiment, path: str, tokenizer: PreTrainedTokeni
         classifier(architecture, path)
         other = load_tokenizer(model)
     except UserError as error:
-        raise UserError(f"scorer.path={path}: {str(error).removeprefix(f'model.path={path}: ')}") from error
+        raise UserError(f"{key}={path}: {str(error).removeprefix(f'model.path={path}: ')}") from error
     if other.get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"scorer.path={path}: its tokenizer has other tokens than model.path={experiment.model.path}; the policy's "
+            f"{key}={path}: its tokenizer has other tokens than model.path={experiment.model.path}; the policy's "
             "token ids would mean something else to it. A reward model of the policy's family would be right."
         )
     if other.chat_template and tokenizer.chat_template and other.chat_template != tokenizer.chat_template:
         raise UserError(
-            f"scorer.path={path}: its chat template is another than that of model.path={experiment.model.path}; it "
+            f"{key}={path}: its chat template is another than that of model.path={experiment.model.path}; it "
             "would read conversations that it was not trained on. A reward model of the same template would be right."
         )
 

@@ -10,7 +10,7 @@ from align_cli.models.adapters import Adapter
 from align_cli.models.causal import Model
 from align_cli.proposal import Adaptive
 from align_cli.ranges import Count, Fraction, NotEmpty, Positive, WholeNumber
-from align_cli.raters import FromModel, Scorer
+from align_cli.raters import FromEnsemble, FromModel, Scorer
 from align_cli.reinforcement import AdaptiveKL, FixedKL
 from align_cli.sources import FromDataset, FromPolicy
 from align_cli.tracking import Track
@@ -138,7 +138,8 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "track": Track,
 }
 SOURCES: dict[str, type[FromDataset] | type[FromPolicy]] = {"dataset": FromDataset, "rollout": FromPolicy}
-RATERS: dict[str, type[FromModel]] = {"model": FromModel}  # what rates responses and is no function of texts
+# What rates responses and is no function of texts.
+RATERS: dict[str, type[FromModel] | type[FromEnsemble]] = {"model": FromModel, "ensemble": FromEnsemble}
 PARTS = (
     "algo",
     "divergence",

@@ -373,7 +373,7 @@ def test_any_budget_gives_the_same_weights(trained: Path, model: Path, rows: Pat
 
 def rater(folder: Path, *, budget: int = 4096) -> ByModel:
     network = scalar.load_reward_model(section(folder), dtype=torch.float32).double()
-    return ByModel(network, Manner(True, scalar="scores"), CPU, budget)
+    return ByModel(network, Manner(True, scalar="scores"), CPU, budget, visits=False)
 
 
 @pytest.mark.parametrize("budget", [1, 30, 4096])

@@ -9,6 +9,7 @@ from rich.table import Table
 from align_cli import exits, experiment, memory
 from align_cli.commands import arguments
 from align_cli.experiment import Experiment
+from align_cli.raters import FromEnsemble
 
 
 def main(argv: list[str]) -> int:
@@ -114,6 +115,8 @@ def remedies(checked: Experiment, shape: memory.Shape, there: float) -> list[tup
         f"engine={strongest}": replace(checked, engine=replace(engine, name=strongest), choice=None),
         "reference=cached": replace(checked, reference=replace(checked.reference, name="cached")),
     }
+    if isinstance(checked.scorer, FromEnsemble):
+        tried["scorer.apart=true"] = replace(checked, scorer=replace(checked.scorer, apart=True))
     found = {change: _needed(other, shape) for change, other in tried.items()}
     if checked.adapter.rank is None:
         lora = replace(checked.adapter, name="lora", rank=16, scale=16.0, targets="all-linear")
