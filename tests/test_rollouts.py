@@ -162,7 +162,7 @@ def test_a_prompt_without_baselines_or_greedy_rating_is_left_out(model: Path, tm
     again = baselines.prepare(failing, asked, kept=tmp_path, **named)
     extras = [there, again, partial(assembly._greedy, failing, 0)]
     for name, make in zip(("baselines", "baselines", "greedy"), extras, strict=True):
-        rollout = Rollout(Any, failing, {name: make}, prompts=3, seed=0, together=False, budget=99)  # pyright: ignore
+        rollout = Rollout(Any, failing, None, {name: make}, prompts=3, seed=0, together=False, budget=99)  # pyright: ignore
         left = rollout.completed(asked, 1)
         assert [group.where for group in left] == ["rows.jsonl:1", "rows.jsonl:3"]
         assert all(name in group.given for group in left)
