@@ -201,6 +201,24 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any], track: Track) -> Any:
         return start("offline")
 
 
+def publish(run_dir: Path, config: Mapping[str, Any], name: str, page: str, *, step: int) -> None:
+    """Show a page in the W&B run of a finished run, where it has one; a run of W&B that is offline keeps it there.
+
+    Args:
+        config: as `config.yaml` has it.
+        page: HTML that needs nothing beside itself.
+        step: after all that the run has logged.
+    """
+    track = config.get("track")
+    if not (run_dir / WANDB_ID).is_file() or not isinstance(track, Mapping) or track.get("name") != "wandb":
+        return
+    import wandb as client
+
+    run = _start_wandb(run_dir, config, Track(**track))
+    run.log({name: client.Html(page, inject=False)}, step=max(step, run.step))  # another report came before
+    run.finish()
+
+
 # --- the terminal
 
 

@@ -13,5 +13,6 @@ COMMANDS = {
     "export": "export",
     "evaluate": "evaluate",
     "compare": "compare",
+    "report": "report",
     "doctor": "doctor",
 }

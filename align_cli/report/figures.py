@@ -26,8 +26,16 @@ MOST = 240  # points of a line that are drawn
 LONGEST = 48  # characters of a label
 
 # Colours that stand for roles; no picture shows them.
-INK, SOFT, GRID, PAPER = "#020001", "#020002", "#020003", "#020004"
-_ROLES = {INK: "var(--ink)", SOFT: "var(--soft)", GRID: "var(--grid)", PAPER: "var(--paper)"}
+INK, SOFT, GRID, PAPER, ON_MIDDLE = "#020001", "#020002", "#020003", "#020004", "#020005"
+_ROLES = {
+    INK: "var(--ink)",
+    SOFT: "var(--soft)",
+    GRID: "var(--grid)",
+    PAPER: "var(--paper)",
+    ON_MIDDLE: "var(--on-middle)",
+}
+# Shares of a cell's colour above which its text takes the colour of the page, of a dark one and of a light one.
+MIDDLE, STRONG = 0.62, 0.87
 _UNIT = 72  # matplotlib's SVG has 72 units to the inch
 
 
@@ -38,6 +46,7 @@ class Line:
     Attributes:
         dashed: for what is not measured here, such as a paper's own figures.
         faint: thin and grey, without an entry in the legend.
+        series: lines of one series have one colour and marker; empty: the label.
     """
 
     label: str
@@ -47,6 +56,7 @@ class Line:
     high: Sequence[float] | None = None
     dashed: bool = False
     faint: bool = False
+    series: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +102,7 @@ class Scale:
 # --- kinds
 
 
-def averaged(label: str, curves: Sequence[Mapping[float, float]]) -> Line:
+def averaged(label: str, curves: Sequence[Mapping[float, float]], *, dashed: bool = False, series: str = "") -> Line:
     """The mean over seeds with Student's 95 % interval, at every x that all curves have.
 
     Args:
@@ -100,12 +110,12 @@ def averaged(label: str, curves: Sequence[Mapping[float, float]]) -> Line:
     """
     shared = sorted(x for x in curves[0] if all(x in curve for curve in curves))
     if len(curves) == 1:
-        return Line(label=label, x=shared, y=[curves[0][x] for x in shared])
+        return Line(label=label, x=shared, y=[curves[0][x] for x in shared], dashed=dashed, series=series)
     columns = [[curve[x] for curve in curves] for x in shared]
     none = statistics.Interval(math.nan, math.nan, math.nan)
     found = [statistics.student(values) if all(map(math.isfinite, values)) else none for values in columns]
     estimates, lows, highs = (list(part) for part in zip(*found, strict=True)) if found else ([], [], [])
-    return Line(label=label, x=shared, y=estimates, low=lows, high=highs)
+    return Line(label=label, x=shared, y=estimates, low=lows, high=highs, dashed=dashed, series=series)
 
 
 def lines(
@@ -119,6 +129,7 @@ def lines(
         marked: every point has its marker, and x its ticks at the points: for a few values rather than a course.
     """
     told = [line for line in given if not line.faint]
+    named = list(dict.fromkeys(line.series or line.label for line in told))
     with _figure(title) as (figure, place, out):
         if level is not None:
             place.axhline(level, color=SOFT, linewidth=1)
@@ -128,7 +139,7 @@ def lines(
             if line.faint:
                 place.plot(xs, ys, color=SOFT, linewidth=0.8, alpha=0.55)
                 continue
-            number = told.index(line)
+            number = named.index(line.series or line.label)
             if line.low is not None and line.high is not None:
                 low, high = (_finite([bound[i] for i in kept]) for bound in (line.low, line.high))
                 place.fill_between(xs, low, high, color=_series(number), alpha=0.18, linewidth=0)
@@ -240,7 +251,7 @@ def heat(
     low, high = bounds or ((min(values), max(values)) if values else (0.0, 1.0))
     rows, columns = len(grid.rows), len(grid.columns)
     texts = numbers([value for line in grid.values for value in line], signed=centre is not None)
-    cell = min(72, max(44, 300 // max(1, columns)))
+    cell = min(80, max(46, 300 // max(1, columns)))
     with _figure(title, 92 + cell * columns, 78 + 40 * rows) as (_, place, out):
         for row, line in enumerate(grid.values):
             for column, value in enumerate(line):
@@ -250,7 +261,7 @@ def heat(
                     continue
                 share, below = _share(value, low, high, centre)
                 place.add_patch(_square(column, row, f"#0{4 if below else 3}00{round(100 * share):02x}"))
-                ink = PAPER if share > 0.55 else INK
+                ink = PAPER if share > STRONG else ON_MIDDLE if share > MIDDLE else INK
                 place.annotate(written, (column, row), ha="center", va="center", color=ink)
         place.set_xlim(-0.5, columns - 0.5)
         place.set_ylim(rows - 0.5, -0.5)
@@ -264,14 +275,15 @@ def heat(
     return out[0]
 
 
-def parallel(scales: Sequence[Scale], *, title: str) -> str:
+def parallel(scales: Sequence[Scale], *, title: str, least: bool = False) -> str:
     """A line for each run through its place on every axis; the stronger, the higher on the last one. The best is thick.
 
     Args:
         scales: at least two, each with a value of every run; a run without a finite value on all of them is left out.
+        least: the best is the least on the last axis.
     """
     runs = [run for run in zip(*(scale.values for scale in scales), strict=True) if all(map(math.isfinite, run))]
-    runs.sort(key=lambda run: run[-1])
+    runs.sort(key=lambda run: -run[-1] if least else run[-1])
     spans = [(min(column), max(column)) for column in zip(*runs, strict=True)] or [(0.0, 1.0)] * len(scales)
 
     def height(axis: int, value: float) -> float:
@@ -369,6 +381,11 @@ def numbers(values: Sequence[float], *, signed: bool = False) -> list[str]:
         return (told if any(digit in told for digit in "123456789") else told.lstrip("+-")).replace("-", "−")
 
     return [written(value) for value in values]
+
+
+def signed(value: float) -> str:
+    """A number with its sign: +0.120, −1.30, 0."""
+    return numbers([value], signed=True)[0]
 
 
 def _finite(values: Sequence[float]) -> list[float]:
@@ -518,7 +535,9 @@ def _inline(svg: str, title: str) -> str:
     body = re.sub(r'\b(?:d|x|y|width|height|transform)="[^"]*"', _rounded, body)
     box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', body)
     assert box is not None
-    head = f'<svg role="img" aria-label="{html.escape(short(title, 200))}" viewBox="{box[0][9:-1]}" width="{box[1]}"'
+    width = float(box[1])
+    shape = f'viewBox="0 0 {box[1]} {box[2]}" width="{box[1]}" style="min-width: {min(330.0, width):g}px"'
+    head = f'<svg role="img" aria-label="{html.escape(short(title, 200))}" {shape}'
     return head + body[body.index(">") :].rstrip()
 
 

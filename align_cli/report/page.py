@@ -20,6 +20,8 @@ from align_cli.errors import UserError
 from align_cli.report.figures import numbers
 from align_cli.statistics import Interval
 
+GENERATOR = '<meta name="generator" content="align">'
+
 Cell = str | int | float | Interval | None
 Tone = Literal["plain", "good", "bad", "warning"]
 SIGNS: dict[Tone, str] = {"plain": "", "good": "✓ ", "bad": "✗ ", "warning": "! "}
@@ -65,13 +67,16 @@ class Facts:
 class Table:
     """Rows under headings; a click on a heading sorts by it where the table is sortable.
 
-    Numbers are aligned and have the decimals of their column; an `Interval` is an estimate with its bounds.
+    Numbers are aligned, texts that are numbers as they are, and have the decimals of their column, or, `by_row`, of
+    their row, where a row is one figure.
+    An `Interval` is an estimate with its bounds.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     sortable: bool = False
     caption: str = ""
+    by_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,15 @@ class Commands:
     items: Sequence[str]
 
 
-Section = Heading | Text | Verdict | Bullets | Facts | Table | Figure | Samples | Commands
+@dataclass(frozen=True)
+class Folded:
+    """What few readers want to see, behind its title."""
+
+    title: str
+    sections: Sequence["Section"]
+
+
+Section = Heading | Text | Verdict | Bullets | Facts | Table | Figure | Samples | Commands | Folded
 
 
 def write(path: Path, title: str, sections: Sequence[Section]) -> None:
@@ -125,7 +138,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f'<meta name="color-scheme" content="light dark">\n{GENERATOR}\n<link rel="icon" href="data:,">\n'
         f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{_text(title)}</h1>\n{contents}\n{_body(sections)}\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
@@ -149,7 +162,7 @@ def _body(sections: Sequence[Section]) -> str:
     return "\n".join(parts)
 
 
-def _part(section: Text | Verdict | Bullets | Facts | Table | Samples | Commands) -> str:
+def _part(section: Text | Verdict | Bullets | Facts | Table | Samples | Commands | Folded) -> str:
     match section:
         case Text(text):
             return "".join(f"<p>{_text(part)}</p>" for part in re.split(r"\n\s*\n", text.strip()) if part)
@@ -164,6 +177,8 @@ def _part(section: Text | Verdict | Bullets | Facts | Table | Samples | Commands
             return _table(section)
         case Samples(items):
             return f'<div class="samples">{"".join(_sample(*item) for item in items)}</div>'
+        case Folded(title, inside):
+            return f"<details><summary>{_text(title)}</summary>{_body(inside)}</details>"
         case Commands(items):
             return "".join(f"<pre><code>{_text(item)}</code></pre>" for item in items)
 
@@ -185,8 +200,12 @@ def _sample(prompt: str, before: str | None, after: str | None) -> str:
 
 def _table(table: Table) -> str:
     columns = [[row[place] for row in table.rows] for place in range(len(table.header))]
-    written = [_column(column) for column in columns]
-    numeric = [any(isinstance(cell, int | float | Interval) for cell in column) for column in columns]
+    if table.by_row:
+        lines = [_written(row) for row in table.rows]
+        written = [[line[place] for line in lines] for place in range(len(table.header))]
+    else:
+        written = [_written(column) for column in columns]
+    numeric = [any(_value(cell) is not None for cell in column) and all(map(_aligns, column)) for column in columns]
     head: list[str] = []
     for name, right in zip(table.header, numeric, strict=True):
         told = f'<button type="button">{_text(name)}</button>' if table.sortable else _text(name)
@@ -207,14 +226,28 @@ def _table(table: Table) -> str:
     )
 
 
+def _value(cell: Cell) -> float | None:
+    """The finite number that a cell is."""
+    try:
+        value = float(cell.estimate if isinstance(cell, Interval) else cell or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _aligns(cell: Cell) -> bool:
+    """Whether a column of numbers may hold a cell: a number or nothing."""
+    return not isinstance(cell, str) or cell in ("", "null") or _value(cell) is not None
+
+
 def _key(cell: Cell) -> str:
     """What a cell is sorted by; nothing for what is no finite number, which comes last."""
-    value = cell.estimate if isinstance(cell, Interval) else cell
-    return f"{value!r}" if isinstance(value, int | float) and math.isfinite(value) else ""
+    value = _value(cell)
+    return "" if value is None else repr(value)
 
 
-def _column(cells: Sequence[Cell]) -> list[str]:
-    """The cells as text; the numbers of a column have equally many decimals where that tells them apart."""
+def _written(cells: Sequence[Cell]) -> list[str]:
+    """The cells as text, with equally many decimals where that tells them apart."""
     values: list[float] = []
     for cell in cells:
         values += cell if isinstance(cell, Interval) else [cell] if isinstance(cell, float) else []
@@ -246,6 +279,7 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #ffffff; --ink: #1b1f24; --soft: #5c6670; --grid: #e3e7eb; --raised: #f5f7f9; --link: #005a9c;
+  --on-middle: var(--ink);
   --good: #00664a; --bad: #a33c00; --warning: #7a5200;
   --series-1: #0072b2; --series-2: #d55e00; --series-3: #009e73; --series-4: #cc79a7;
   --series-5: #e69f00; --series-6: #56b4e9; --series-7: #5c6670; --series-8: #000000;
@@ -253,6 +287,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14181d; --ink: #e8ebee; --soft: #a0aab4; --grid: #2c333b; --raised: #1d232a; --link: #7cc0f5;
+    --on-middle: var(--paper);
     --good: #4fd0a6; --bad: #ff9a66; --warning: #f0c04a;
     --series-1: #56b4e9; --series-2: #e69f00; --series-3: #00b585; --series-4: #cc79a7;
     --series-5: #e06a10; --series-6: #3a8fd0; --series-7: #a0aab4; --series-8: #f0e442;
@@ -288,9 +323,11 @@ pre {
 }
 .figures { display: flex; flex-wrap: wrap; gap: 18px 32px; margin: 14px 0; align-items: flex-start; }
 figure { margin: 0; max-width: 100%; overflow-x: auto; }
-figure svg { display: block; max-width: 100%; min-width: 330px; height: auto; }
+figure svg { display: block; max-width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { color: var(--soft); font-size: 13px; line-height: 1.45; max-width: 500px; margin-top: 4px; }
+details { margin: 10px 0; }
+summary { cursor: pointer; color: var(--link); }
 .scroll { overflow-x: auto; margin: 12px 0; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: 13px; padding-bottom: 6px; }
