@@ -24,6 +24,8 @@ USAGE = """align: language-model alignment experiments
   align compare RUN_OR_SWEEP ...     groups of finished runs: means over seeds, differences, 95 % intervals
   align evaluate RUN_OR_MODEL eval=NAME,... [key=value ...]   figures with 95 % intervals, and how they were made
   align report RUN_OR_SWEEP ...      a page with curves, heat maps, samples and verdicts, in one HTML file
+  align reproduce NAME|--list        a table or figure of a paper: its runs, measured, held against what it claims
+  align study NAME [seed=N]          one seed of a study on an enumerable model
   align export RUN DEST              a run's model as a Hugging Face folder, adapters merged
   align cache ls|verify|gc           what is kept on disk; recompute a sample of it; remove what is not used
   align doctor                       versions, devices, what works here

@@ -58,7 +58,7 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     problems = [_wrong_choice(override, command, groups) for override in parse(overrides)]
     if any(problems):
         raise UserError("\n".join(filter(None, problems)))
-    search = [f"file://{paths.recipes().parent}", *(f"file://{Path(folder).resolve()}" for folder in config_dirs)]
+    search = [f"file://{Path(folder).resolve()}" for folder in config_dirs]
     search_path = f"hydra.searchpath=[{','.join(map(quoted, search))}]"
     lifted = [_lift(override, groups) for override in overrides]
     GlobalHydra.instance().clear()
@@ -93,7 +93,7 @@ def _plain_hydra_node(command: str) -> Any:
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(paths.conf()), version_base="1.3"):
-        plain = hydra_compose(command, [f"hydra.searchpath=[{quoted(f'file://{paths.recipes().parent}')}]"], True)
+        plain = hydra_compose(command, return_hydra_config=True)
     return OmegaConf.to_container(plain.hydra)
 
 
@@ -170,13 +170,10 @@ def _read(command: str) -> Tree:
 
 
 def group_names(config_dirs: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Each group of `conf/`, and the recipes, with their choices here and in more folders."""
+    """Each group of `conf/` with its choices, here and in more folders."""
     known = sorted(path.name for path in paths.conf().iterdir() if path.is_dir())
     roots = [paths.conf(), *map(Path, config_dirs)]
-    groups = {group: sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")}) for group in known}
-    homes = [paths.recipes(), *(Path(folder) / "recipes" for folder in config_dirs)]
-    found = {path.relative_to(home).with_suffix("").as_posix() for home in homes for path in home.rglob("*.yaml")}
-    return {**groups, "recipes": sorted(found)}
+    return {group: sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")}) for group in known}
 
 
 def refuse_code(overrides: Sequence[str]) -> None:

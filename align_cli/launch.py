@@ -180,6 +180,14 @@ def claimable(run_dir: Path) -> None:
 
 
 def finished(checked: Experiment, run_dir: Path) -> bool:
+    """`is_finished`, said to the user."""
+    done = is_finished(checked, run_dir)
+    if done:
+        terminal.result(f"{run_dir} is finished already")
+    return done
+
+
+def is_finished(checked: Experiment, run_dir: Path) -> bool:
     """Whether the directory holds this run already, finished; an unfinished one is checked for resumption.
 
     Raises:
@@ -196,7 +204,6 @@ def finished(checked: Experiment, run_dir: Path) -> bool:
             "Give the same configuration to resume it, or a new folder."
         )
     if rundir.read_summary(run_dir) is not None:
-        terminal.result(f"{run_dir} is finished already")
         return True
     for checkpoint in committed(run_dir / "checkpoints")[:1]:
         ranks = experiment.devices(checked)

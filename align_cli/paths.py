@@ -20,7 +20,7 @@ def conf() -> Path:
 
 
 def recipes() -> Path:
-    """The folder of recipes, one folder per paper: `recipes()/nca/fig5.yaml`."""
+    """The folder of recipes, one folder per paper: `recipes()/nca/figure5.yaml`."""
     return _shipped("recipes")
 
 

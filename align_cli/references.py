@@ -34,6 +34,7 @@ CHUNK = 1024  # groups looked up at a time
 FIRST = 32  # groups of each rank that are measured before the first write
 FEWEST, MOST = 8, 2048  # groups of each rank between two writes
 PERIOD = 30.0  # seconds between two writes; a killed run measures again what it did in them
+COUNTERS = ("reference/measured", "reference/found", "reference/seconds")  # what the summary of a run tells
 
 
 def content(group: Group) -> list[bytes]:
@@ -120,7 +121,7 @@ class Cached:
 
     def counters(self) -> dict[str, int | float]:
         """What the summary of a run tells."""
-        return {"reference/measured": self.measured, "reference/found": self.found, "reference/seconds": self.seconds}
+        return dict(zip(COUNTERS, (self.measured, self.found, self.seconds), strict=True))
 
     def fill(self, engine: Engine, groups: Iterable[Group], *, budget: int, say: Say) -> None:
         """Measure what is missing under the engine's present weights; every rank calls it with the same groups.

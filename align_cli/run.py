@@ -1,11 +1,8 @@
 """One run from start to end, as each of its ranks lives it: build, evaluate, train, evaluate, export."""
 
 import json
-import math
 import os
-import resource
 import shutil
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from align_cli import assembly, cache, config, distributed, evaluate, paths, rundir, terminal, tilt, world
+from align_cli import assembly, cache, config, distributed, evaluate, paths, rundir, summaries, terminal, world
 from align_cli.assembly import Prepared, build_engine, build_methods, build_proposal, build_source
 from align_cli.checkpoints import Checkpoint, Checkpoints
 from align_cli.data import toy
@@ -28,7 +25,7 @@ from align_cli.models.causal import load_tokenizer, read_architecture
 from align_cli.models.scalar import classifier, is_reward_model
 from align_cli.precision import Arithmetic, choose_for
 from align_cli.raters import FromModel, Models
-from align_cli.references import Cached, Say, rows, weights_digest
+from align_cli.references import Say, rows, weights_digest
 from align_cli.rundir import Scalar
 from align_cli.sources import Dataset, FromDataset, FromPolicy, Rollout
 from align_cli.tracking import Silent, Tracker
@@ -272,9 +269,11 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
             figures, samples = _judged(prepared, engine)
             after = evaluated() | figures
             _export(prepared, engine, run_dir / "model")
-            summary = _summary(progress, after, cached, device, sampled=isinstance(source, Rollout))
+            counters = {} if cached is None else cached.counters()
             if proposal is not None:
-                summary["proposal/updates"] = proposal.updates
+                counters[summaries.UPDATES] = proposal.updates
+            sampled = isinstance(source, Rollout)
+            summary = summaries.summary(progress, after, counters, device, sampled=sampled)
             if distributed.rank() == 0:
                 rundir.write_atomic(run_dir / rundir.SAMPLES, samples)
                 rundir.write_summary(run_dir, summary)
@@ -421,36 +420,3 @@ def _export(prepared: Prepared, engine: Engine, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     distributed.barrier()
-
-
-def _summary(
-    progress: Progress, after: dict[str, float], cached: Cached | None, device: torch.device, *, sampled: bool
-) -> dict[str, Scalar]:
-    peak = max(distributed.gather(_peak_memory(device)))
-    summary: dict[str, Scalar] = {
-        "steps": progress.step,
-        "loss/first": progress.first_loss,
-        "loss/last": progress.last_loss,
-        "groups_per_second": progress.groups / progress.seconds if progress.seconds else math.nan,
-        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else math.nan,
-        "peak_memory_gb": peak / 1e9,
-    }
-    if sampled:
-        summary["rollout/unrated"] = progress.unrated
-    summary |= {f"seconds/{name}": value for name, value in progress.spent.items()}
-    summary |= {f"eval/before/{name}": value for name, value in progress.before.items()}
-    summary |= {f"eval/after/{name}": value for name, value in after.items()}
-    summary |= {name: value for name, value in after.items() if name.startswith(("displacement/", "divergence/"))}
-    if "lambdas" in progress.columns:
-        summary |= tilt.summary(progress.columns["lambdas"])
-    if cached is not None:
-        summary |= cached.counters()
-    return summary
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Bytes, at most: of this GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -75,8 +75,8 @@ def holder(run_dir: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[int]:
-    """Use a run directory alone.
+def lock(run_dir: Path, key: str = "run.dir") -> Iterator[int]:
+    """Use a directory alone; `key` is what named it.
 
     The kernel releases the lock when its process ends, however it ends, so that a killed run leaves no stale lock.
     Processes that inherit the descriptor that this yields hold the lock, too.
@@ -88,7 +88,7 @@ def lock(run_dir: Path) -> Iterator[int]:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LOCK).touch()
     except OSError as error:
-        raise UserError(f"run.dir={run_dir} cannot be written: {error.strerror}; choose another run.dir") from error
+        raise UserError(f"{key}={run_dir} cannot be written: {error.strerror}; choose another {key}") from error
     with open(run_dir / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,7 +96,7 @@ def lock(run_dir: Path) -> Iterator[int]:
             file.seek(0)
             owner = file.read().strip() or "a process that is just starting"
             raise UserError(
-                f"run.dir={run_dir} is in use by {owner}; wait for it to end, or choose another run.dir"
+                f"{key}={run_dir} is in use by {owner}; wait for it to end, or choose another {key}"
             ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

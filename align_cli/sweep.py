@@ -70,11 +70,11 @@ def jobs(overrides: Sequence[str], config_dirs: Sequence[str]) -> list[Job]:
     for combination in combinations:
         swept = tuple(combination[place] for place in varying)
         plain = [o for o in combination if not re.match(r"\+*run\.dir=", o)]
-        found.append(Job(tuple(plain), swept, home / _name(swept)))
+        found.append(Job(tuple(plain), swept, home / folder_name(swept)))
     return found
 
 
-def _name(swept: Sequence[str]) -> str:
+def folder_name(swept: Sequence[str]) -> str:
     """A folder's name for swept values, another one for other values."""
     told = ",".join(swept) or "single"
     name = re.sub(r"[^\w.=,+-]", "_", told)

@@ -88,7 +88,7 @@ COMMAND_LINES = {
     "algo=ncaa": ("algo=ncaa: no such choice", "Did you mean 'nca'?", "cdpo, dpo, exo"),
     "model=mistral": ("model=mistral: no such choice", "mistral7b"),
     "setting=none": ("setting=none: no such choice", "mistral7b-ultrafeedback"),
-    "recipes=../x": ("recipes=../x: no such choice", "nca/"),
+    "data=../x": ("data=../x: no such choice", "ultrafeedback"),
     "algo=null": ("algo=null: no such choice", "nca"),
     "algo=5": ("algo=5: no such choice", "nca"),
     "algo=": ("algo=: no such choice", "nca"),
@@ -434,16 +434,16 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("group", ["algo", "recipes"])
+@pytest.mark.parametrize("group", ["algo", "setting"])
 @pytest.mark.parametrize("text", FILES)
 def test_a_file_of_a_config_dir_holds_values_only(
     group: str, text: str, train: Command, refused: Callable[..., list[str]]
 ) -> None:
     path = Path("mine", group, "mine.yaml")
     path.parent.mkdir(parents=True)
-    package = "# @package algo\n" if group == "recipes" and not text.startswith("#") else ""
-    if group == "recipes" and text.startswith("alpha"):
-        return  # a recipe is a difference, and this one is right
+    package = "# @package algo\n" if group == "setting" and not text.startswith("#") else ""
+    if group == "setting" and text.startswith("alpha"):
+        return  # a setting is a difference, and this one is right
     if package and any("missing" in word or "has to be given" in word for word in FILES[text]):
         return  # what is missing here is in the algorithm's own file
     path.write_text(text if not package else package + text)

@@ -73,11 +73,6 @@ def test_every_other_choice_is_checked_by_its_own_name(group: str) -> None:
         assert tree[group]["name"] == choice
 
 
-@pytest.mark.parametrize("recipe", GROUPS["recipes"])
-def test_every_recipe_passes_the_check(recipe: str) -> None:
-    read([f"recipes={recipe}", "run.dir=run"])
-
-
 def test_a_model_names_its_usual_data_and_the_command_line_overrides_it() -> None:
     usual = compose("model=mistral7b")
     assert usual["data"]["name"] == "ultrafeedback" and usual["adapter"]["name"] == "lora"
@@ -128,7 +123,7 @@ def test_every_key_has_a_comment() -> None:
 
 
 def test_every_file_says_what_it_is() -> None:
-    for path in [*paths.conf().rglob("*.yaml"), *paths.recipes().rglob("*.yaml")]:
+    for path in paths.conf().rglob("*.yaml"):
         head = path.read_text(encoding="utf-8").splitlines()[:2]
         assert any(line.startswith("# ") and not line.startswith("# @package") for line in head), path
 

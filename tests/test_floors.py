@@ -48,6 +48,7 @@ FLOORS = (
         "memory",
         "precision",
         "statistics",
+        "claims",
         "rundir",
         "sandbox",
         "responses",
@@ -65,12 +66,16 @@ FLOORS = (
         "tracking",
         "world",
         "assembly",
+        "summaries",
+        "study",
+        "studies",
+        "studies",
         "run",
         "comparison",
         "report",
         "exits",
     ),
-    ("launch", "worker", "sweep", "cli", "commands"),
+    ("launch", "worker", "sweep", "recipe", "reproduction", "cli", "commands"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 

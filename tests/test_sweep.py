@@ -130,6 +130,6 @@ def test_combinations_keep_the_order_of_the_command_line() -> None:
 
 
 def test_jobs_with_long_or_odd_values_have_folders_of_their_own() -> None:
-    names = {sweep._name((f"data.path='/a b/{letter * 300}'",)) for letter in "xy"}
+    names = {sweep.folder_name((f"data.path='/a b/{letter * 300}'",)) for letter in "xy"}
     assert len(names) == 2
     assert all(len(name) < 200 and "/" not in name for name in names)

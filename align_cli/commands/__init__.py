@@ -14,5 +14,7 @@ COMMANDS = {
     "evaluate": "evaluate",
     "compare": "compare",
     "report": "report",
+    "reproduce": "reproduce",
+    "study": "study",
     "doctor": "doctor",
 }

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from align_cli import exits, terminal
+from align_cli import exits, recipe, terminal
 from align_cli.commands import COMMANDS
 from align_cli.config import group_names
 from align_cli.errors import UserError
@@ -42,7 +42,11 @@ def complete(line: str) -> list[str]:
         return [name for name in compare_words(word) if name.startswith(word)]
     groups = group_names()
     if command in ("show", "cp", "ls"):
-        names = list(groups) if command == "ls" else [f"{g}/{o}" for g, options in groups.items() for o in options]
+        known = {**groups, "recipes": list(recipe.names())}
+        names = list(known) if command == "ls" else [f"{g}/{o}" for g, options in known.items() for o in options]
+        return [name for name in names if name.startswith(word)]
+    if command == "reproduce":
+        names = [*recipe.names(), *(f"{key}=" for key in ("scale", "seeds", "jobs", "dir")), "--plan", "--list"]
         return [name for name in names if name.startswith(word)]
     if command not in ("train", "score", "plan", "data"):
         return []

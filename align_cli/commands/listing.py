@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from align_cli import paths, terminal
+from align_cli import paths, recipe, terminal
 from align_cli.errors import UserError
 from align_cli.rundir import CONFIG, flatten, holder, read_config, read_summary
 
@@ -21,7 +21,7 @@ _FIGURES = {"steps": "steps", "loss": "loss/last", "exact match": "eval/after/ex
 
 
 def catalogue() -> dict[str, Path]:
-    """Every YAML that can be named: `algo/nca`, `recipes/nca/fig5`, `train`."""
+    """Every YAML that can be named: `algo/nca`, `recipes/nca/figure5`, `train`."""
     found: dict[str, Path] = {}
     for prefix, root in (("", paths.conf()), (f"{RECIPES}/", paths.recipes())):
         for path in sorted(root.rglob("*.yaml")):
@@ -50,8 +50,10 @@ def find(name: str) -> tuple[str, Path]:
     raise UserError(f"there is no configuration, recipe or run named '{name}'; {hint}")
 
 
-def title(path: Path) -> str:
-    """What a YAML says of itself: its comment lines at the top, without Hydra's directive."""
+def title(entry: str, path: Path) -> str:
+    """What a YAML says of itself: a recipe's title, else its comment lines at the top, without Hydra's directive."""
+    if entry.startswith(f"{RECIPES}/"):
+        return recipe.title(path)
     comment: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -144,7 +146,11 @@ def ls(arguments: argparse.Namespace) -> int:
         near = get_close_matches(arguments.what, [*groups, RUNS], n=1)
         hint = f"did you mean {near[0]}?" if near else f"the groups are {', '.join([*groups, RUNS])}"
         raise UserError(f"there is no group '{arguments.what}'; {hint}")
-    rows = [[entry.partition("/")[2], title(path)] for entry, path in entries.items() if entry.startswith(f"{wanted}/")]
+    rows = [
+        [entry.partition("/")[2], title(entry, path)]
+        for entry, path in entries.items()
+        if entry.startswith(f"{wanted}/")
+    ]
     if not rows:
         terminal.say(f"there are no {wanted} yet")
         return 0
@@ -205,10 +211,10 @@ def main(argv: list[str]) -> int:
     showing = commands.add_parser(
         "show", help="print a recipe, a group's YAML or a run's summary", description=show.__doc__
     )
-    showing.add_argument("name", help="algo/nca, recipes/nca/fig5, or the folder of a run")
+    showing.add_argument("name", help="algo/nca, recipes/nca/figure5, or the folder of a run")
     showing.set_defaults(command=show)
     copying = commands.add_parser("cp", help="copy a recipe or a group's YAML", description=cp.__doc__)
-    copying.add_argument("name", help="algo/nca, recipes/nca/fig5")
+    copying.add_argument("name", help="algo/nca, recipes/nca/figure5")
     copying.add_argument("destination", help="a new file or an existing folder")
     copying.set_defaults(command=cp)
     arguments = parser.parse_args(argv)

@@ -1,0 +1,33 @@
+"""`align study`: one seed of a study on an enumerable model, which is what a recipe without runs consists of."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align_cli import config, exits, study, terminal
+from align_cli.commands import arguments
+from align_cli.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """`study NAME [seed=N] [out=FILE] [OPTION=VALUE ...]`; returns the exit code."""
+    if not argv or argv[0].startswith("-") or "=" in argv[0]:
+        raise UserError("align study NAME [seed=N] [out=FILE] [OPTION=VALUE ...] would be right.")
+    given = arguments.parse(argv[1:])
+    options: dict[str, Any] = {}
+    for override in given.overrides:
+        key, _, value = override.partition("=")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override}: cannot be read as YAML.") from error
+    seed, out = options.pop("seed", 0), options.pop("out", None)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f"seed={config.shown(seed)}: 0 or a larger whole number would be right.")
+    with exits.terminable():
+        figures = study.make(argv[0], options, seed, None if out is None else Path(str(out)))
+    width = max(map(len, figures), default=0)
+    for name, value in figures.items():
+        terminal.result(f"{name:<{width}}  {value}")
+    return exits.DONE

@@ -1,0 +1,468 @@
+"""A reproduction: the runs of a recipe at a scale, side by side, and what their figures say of its claims.
+
+Jobs are processes. What is finished is left alone, what was interrupted goes on, and a job that fails takes nothing
+with it but the jobs that read its result and the verdicts that rest on it.
+"""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from align_cli import claims, config, exits, experiment, launch, recipe, rundir, study
+from align_cli.claims import Judged, Range
+from align_cli.errors import UserError
+from align_cli.experiment import Experiment
+from align_cli.recipe import Expectation, Recipe, Run, Scale
+
+RESULTS = "results.json"
+LAST_WORDS = 3  # lines of a failed job's log that are shown
+PAUSE = 0.05  # seconds between two looks at the jobs
+OF_STUDY = "study"
+
+State = str  # done, failed: WHY, stopped, not started
+
+
+@dataclass(frozen=True)
+class Job:
+    """One seed of a run, or of the study.
+
+    Attributes:
+        run: its name.
+        folder: where it writes.
+        commands: the arguments of `align`, one command after the other.
+        needs: folders of jobs that have to be done before.
+        ranks: processes, or GPUs, that it occupies.
+        finished: whether there is nothing left to do.
+    """
+
+    run: str
+    seed: int
+    folder: Path
+    commands: tuple[tuple[str, ...], ...]
+    needs: tuple[Path, ...]
+    ranks: int
+    finished: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A recipe at a scale, with seeds, in a folder."""
+
+    recipe: Recipe
+    scale: Scale
+    seeds: tuple[int, ...]
+    folder: Path
+    experiments: Mapping[str, Experiment]
+    config_dirs: tuple[str, ...]
+    settings: tuple[str, ...]  # beside the recipe's own: of a shrunken run
+
+    @property
+    def shrunken(self) -> bool:
+        """Whether its figures are those of a model that is no one's."""
+        return bool(self.settings)
+
+    def run_dir(self, run: Run, seed: int) -> Path:
+        """The directory of one run."""
+        return self.folder / "runs" / run.folder / f"seed={seed}"
+
+    def study_file(self, seed: int) -> Path:
+        """The figures of one seed of the study."""
+        return self.folder / "study" / f"seed={seed}.json"
+
+
+def jobs(reproduction: Reproduction) -> list[Job]:
+    """All jobs, a seed after the other, each after those that it needs.
+
+    Raises:
+        UserError: a run directory holds something else.
+    """
+    found: list[Job] = []
+    trees: dict[str, config.Tree] = {}  # of runs that were composed already
+    for seed in reproduction.seeds:
+        if reproduction.scale.study is not None:
+            found.append(_study_job(reproduction, seed))
+        found += [_run_job(reproduction, run, seed, trees) for run in _in_order(reproduction.scale.runs)]
+    return found
+
+
+def _in_order(runs: Sequence[Run]) -> list[Run]:
+    """Runs, each after those that it needs."""
+    ordered: list[Run] = []
+
+    def visit(run: Run) -> None:
+        for other in runs:
+            if other.name in run.needs:
+                visit(other)
+        if run not in ordered:
+            ordered.append(run)
+
+    for run in runs:
+        visit(run)
+    return ordered
+
+
+def arguments(reproduction: Reproduction, run: Run, seed: int, folder: Path | None = None) -> list[str]:
+    """The arguments of `align train` for one run.
+
+    Args:
+        folder: the reproduction's, as the command is to name it; None: as it is.
+    """
+    named = reproduction if folder is None else replace(reproduction, folder=folder)
+    folders = {other.name: named.run_dir(other, seed) for other in reproduction.scale.runs}
+    return [*run.placed(seed, folders, named.run_dir(run, seed)), *reproduction.settings]
+
+
+def _run_job(reproduction: Reproduction, run: Run, seed: int, trees: dict[str, config.Tree]) -> Job:
+    run_dir = reproduction.run_dir(run, seed)
+    given = arguments(reproduction, run, seed)
+    flags = [*config.plugins(), *(part for each in reproduction.config_dirs for part in ("--config-dir", each))]
+    commands = [("train", *flags, *given)]
+    choices = reproduction.scale.evaluate
+    if choices and not reproduction.shrunken:
+        commands.append(("evaluate", str(run_dir), f"eval={','.join(choices)}"))
+    launch.claimable(run_dir)
+    if (run_dir / rundir.CONFIG).is_file():
+        if run.needs or run.name not in trees:
+            trees[run.name] = config.compose("train", given, reproduction.config_dirs)
+        tree = trees[run.name]
+        launch.is_finished(
+            experiment.read({**tree, "run": {**tree["run"], "seed": seed, "dir": str(run_dir)}}), run_dir
+        )
+
+    def finished() -> bool:
+        evaluated = all((run_dir / "eval" / f"{choice}.json").is_file() for choice in choices)
+        return rundir.read_summary(run_dir) is not None and (reproduction.shrunken or evaluated)
+
+    needs = tuple(reproduction.run_dir(other, seed) for other in reproduction.scale.runs if other.name in run.needs)
+    ranks = experiment.devices(reproduction.experiments[run.name])
+    return Job(run.name, seed, run_dir, tuple(commands), needs, ranks, finished)
+
+
+def _study_job(reproduction: Reproduction, seed: int) -> Job:
+    chosen, file = reproduction.scale.study, reproduction.study_file(seed)
+    assert chosen is not None
+    study.check(file, chosen.name, chosen.options)
+    told = [f"{key}={json.dumps(value)}" for key, value in chosen.options.items()]
+    command = ("study", *config.plugins(), chosen.name, f"seed={seed}", f"out={file}", *told)
+    return Job(OF_STUDY, seed, file, (command,), (), 1, file.is_file)
+
+
+# --- running
+
+
+def side_by_side(planned: Sequence[Job]) -> int:
+    """How many jobs there is room for: by cores, or by GPUs."""
+    widest = max((job.ranks for job in planned), default=1)
+    return max(1, (torch.cuda.device_count() or _cores()) // widest)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    step: int  # which of the job's commands
+    slot: int
+    log: Path
+    begun: float
+
+
+def run(planned: Sequence[Job], folder: Path, *, room: int, say: Callable[[str], None]) -> dict[Path, State]:
+    """Run what is not finished, as many jobs at once as there is room for.
+
+    A signal is passed on to every job, which saves and ends; a second Ctrl-C kills them.
+
+    Args:
+        folder: of the reproduction; what jobs say goes to its `logs`.
+        room: jobs side by side.
+
+    Returns:
+        The state of each job by its folder: "done", "stopped", "not started", or "failed: " and why.
+    """
+    states: dict[Path, State] = {job.folder: "done" if job.finished() else "not started" for job in planned}
+    waiting = [job for job in planned if states[job.folder] != "done"]
+    if len(waiting) < len(planned):
+        say(f"{len(planned) - len(waiting)} of {len(planned)} jobs are finished already")
+    running: list[_Running] = []
+    asked: list[int] = []
+    begun = time.monotonic()
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for each in running:
+            each.process.send_signal(signal.SIGKILL if asked.count(signal.SIGINT) > 1 else signal.SIGTERM)
+
+    def ended(job: Job, state: State) -> None:
+        states[job.folder] = state
+        done = sum(each in ("done",) or each.startswith("failed") for each in states.values())
+        say(f"[{done}/{len(planned)}] {job.run} seed {job.seed}: {state}; {_minutes(time.monotonic() - begun)}")
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while running or (waiting and not asked):
+            for each in [each for each in running if each.process.poll() is not None]:
+                running.remove(each)
+                code = each.process.returncode
+                following = each.step + 1
+                if code == exits.DONE and following < len(each.job.commands) and not asked:
+                    running.append(_started(each.job, following, each.slot, folder, room))
+                elif code == exits.DONE and following == len(each.job.commands):
+                    ended(each.job, "done")
+                elif asked or code == exits.STOPPED:
+                    ended(each.job, "stopped")
+                else:
+                    ended(each.job, f"failed: {_last_words(each.log, code)}")
+            for job in [] if asked else list(waiting):
+                missing = [states[needed] for needed in job.needs if states[needed] != "done"]
+                if any(state.startswith("failed") for state in missing):
+                    waiting.remove(job)
+                    ended(job, f"failed: it reads {', '.join(_short(job, states))}, which failed")
+                elif not missing and len(running) < room:
+                    waiting.remove(job)
+                    free = min(set(range(room)) - {each.slot for each in running})
+                    running.append(_started(job, 0, free, folder, room))
+            time.sleep(PAUSE)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for each in running:  # an error of our own leaves no process behind
+            each.process.kill()
+    return states
+
+
+def _short(job: Job, states: Mapping[Path, State]) -> list[str]:
+    return [needed.parent.name for needed in job.needs if states[needed] != "done"]
+
+
+def _started(job: Job, step: int, slot: int, folder: Path, room: int) -> _Running:
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{job.folder.parent.name},{job.folder.stem}.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(job.ranks, room))}
+    if torch.cuda.device_count():
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus(slot, job.ranks, os.environ.get("CUDA_VISIBLE_DEVICES")))
+    with open(log, "ab" if step else "wb") as file:
+        command = [sys.executable, "-m", "align_cli.cli", *job.commands[step]]
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    return _Running(job, process, step, slot, log, time.monotonic())
+
+
+def _threads(ranks: int, room: int) -> str:
+    return str(max(1, _cores() // (ranks * room)))
+
+
+def gpus(slot: int, ranks: int, visible: str | None) -> list[str]:
+    """The GPUs of a job: those of its slot, among what this process may see.
+
+    Args:
+        slot: which of the jobs side by side.
+        ranks: GPUs of each.
+        visible: CUDA_VISIBLE_DEVICES; None: all.
+    """
+    there = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    return there[slot * ranks : (slot + 1) * ranks]
+
+
+def _last_words(log: Path, code: int) -> str:
+    """Why a job failed: what it calls an error, else the end of what it said, such as a traceback's."""
+    said = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    told = " ".join(errors) or " | ".join(said[-LAST_WORDS:]) or "it said nothing"
+    return f"killed by signal {-code}: {told}" if code < 0 else told
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes so far" if seconds >= 60 else f"{seconds:.0f} s so far"
+
+
+# --- judging
+
+
+def figures(reproduction: Reproduction) -> dict[str, dict[int, dict[str, Any]]]:
+    """The figures of each run that has finished, by run and seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in reproduction.scale.runs:
+        each = {seed: rundir.read_summary(reproduction.run_dir(run, seed)) for seed in reproduction.seeds}
+        found[run.name] = {seed: summary for seed, summary in each.items() if summary is not None}
+    if reproduction.scale.study is not None:
+        files = {seed: reproduction.study_file(seed) for seed in reproduction.seeds}
+        found[OF_STUDY] = {seed: study.read(file)["figures"] for seed, file in files.items() if file.is_file()}
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An expectation, its value for each seed, and the verdict."""
+
+    expectation: Expectation
+    values: dict[int, float]
+    judged: Judged
+
+
+def judge(
+    expectation: Expectation, found: Mapping[str, Mapping[int, Mapping[str, Any]]], failed: Mapping[str, str]
+) -> Outcome:
+    """Hold an expectation against the figures.
+
+    Args:
+        found: of each run (of the study), by seed.
+        failed: runs of which a seed failed, and why.
+    """
+    studied = OF_STUDY in found
+    names = recipe.keys(expectation) if studied else expectation.runs
+    for name in [OF_STUDY] if studied else names:
+        if name in failed:
+            return Outcome(expectation, {}, Judged(None, None, None, "failed", f"{name}: {failed[name]}"))
+    runs = {name: found[OF_STUDY] if studied else found[name] for name in names}
+    seeds = sorted(set.intersection(*(set(each) for each in runs.values())))
+    values: dict[int, float] = {}
+    for seed in seeds:
+        each = [runs[name][seed].get(name if studied else expectation.figure) for name in names]
+        if not all(isinstance(value, int | float | str) and not isinstance(value, bool) for value in each):
+            continue  # a run leaves out what is infinite, or what its data does not show
+        told = [float(value) for value in each if value is not None]
+        values[seed] = claims.slope(told) if expectation.over else told[0] - sum(told[1:])
+    wanted = expectation.wanted
+    if isinstance(wanted, str):
+        wanted = Range(0.0, float("inf"), True) if wanted == "rising" else Range(float("-inf"), 0.0, True)
+    judged = claims.judge(list(values.values()), wanted, exact=expectation.kind == "exact")
+    if len(values) < len(seeds):
+        told = f"{len(seeds) - len(values)} of {len(seeds)} seeds have no such figure"
+        judged = Judged(judged.estimate, judged.low, judged.high, "undecided", told)
+    return Outcome(expectation, values, judged)
+
+
+def outcomes(reproduction: Reproduction, planned: Sequence[Job], states: Mapping[Path, State]) -> list[Outcome]:
+    """Every claim of this scale with its verdict."""
+    found = figures(reproduction)
+    failed = {job.run: states[job.folder] for job in planned if states[job.folder].startswith("failed")}
+    expected = [each for each in reproduction.recipe.expect if each.at(reproduction.scale.name)]
+    told = [judge(each, found, failed) for each in expected]
+    if not reproduction.shrunken:
+        return told
+    why = "the model is a random one of a few weights"
+    return [
+        each
+        if each.judged.verdict == "failed"
+        else replace(each, judged=replace(each.judged, verdict="undecided", why=why))
+        for each in told
+    ]
+
+
+# --- results.json
+
+
+def results(
+    reproduction: Reproduction,
+    planned: Sequence[Job],
+    states: Mapping[Path, State],
+    found: Sequence[Outcome],
+    seconds: float,
+) -> dict[str, Any]:
+    """What `results.json` holds: no path of this machine is in it."""
+    every = figures(reproduction)
+    runs: dict[str, Any] = {}
+    for job in planned:
+        told = runs.setdefault(job.run, {"command": _repeatable(reproduction, job), "seeds": {}})
+        told["seeds"][str(job.seed)] = {
+            "dir": job.folder.relative_to(reproduction.folder).as_posix(),
+            "state": states[job.folder],
+            "figures": every[job.run].get(job.seed, {}),
+        }
+    return {
+        "recipe": reproduction.recipe.name,
+        "title": reproduction.recipe.title,
+        "paper": reproduction.recipe.paper,
+        "scale": reproduction.scale.name,
+        "shrunken": reproduction.shrunken,
+        "seeds": list(reproduction.seeds),
+        "commit": rundir.git_revision(),
+        "machine": machine(),
+        "versions": rundir.versions(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "seconds": round(seconds, 1),
+        "runs": runs,
+        "expectations": [
+            {
+                "claim": each.expectation.claim,
+                "kind": each.expectation.kind,
+                "source": each.expectation.source,
+                "expected": each.expectation.expected,
+                "values": {str(seed): value for seed, value in each.values.items()},
+                "estimate": each.judged.estimate,
+                "low": each.judged.low,
+                "high": each.judged.high,
+                "verdict": each.judged.verdict,
+                "why": each.judged.why,
+            }
+            for each in found
+        ],
+        "departures": list(reproduction.scale.departures),
+    }
+
+
+def _repeatable(reproduction: Reproduction, job: Job) -> str:
+    """The first command of a job as it can be given from the reproduction's folder."""
+    run = next((each for each in reproduction.scale.runs if each.name == job.run), None)
+    if run is None:
+        told = [word.replace(str(job.folder), f"study/{job.folder.name}") for word in job.commands[0]]
+        return shlex.join(["align", *told])
+    return shlex.join(["align", "train", *arguments(reproduction, run, job.seed, Path("."))])
+
+
+def machine() -> str:
+    """What this computes on: GPUs, or the processor and how many cores of it."""
+    count = torch.cuda.device_count()
+    if count:
+        names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
+        return f"{count} x {', '.join(names)}"
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    except OSError:  # no Linux
+        names = []
+    return f"{_cores()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def write(folder: Path, told: Mapping[str, Any]) -> None:
+    """Write `results.json`, whole or not at all."""
+    rundir.write_atomic(folder / RESULTS, json.dumps(_plain(told), indent=2, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else rundir.plain(value)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The results of an earlier reproduction; None where there are none.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); removed, `align reproduce` makes it again.") from error
+    if not isinstance(told, dict) or "expectations" not in told:
+        raise UserError(f"{path} holds no results of a reproduction; another folder would be right.")
+    return told
