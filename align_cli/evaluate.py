@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from align_cli import distributed
 from align_cli.data.batches import Measured, split
 from align_cli.data.store import Store
+from align_cli.diversity import distinct, self_bleu
 from align_cli.engine import Engine
 from align_cli.generation import sample, stops
 from align_cli.method import Meter, Method
@@ -180,8 +182,8 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
     Returns:
         `alignment`, the mean rating, with `_low` and `_high` of its 95 % interval, prompts being the independent
         observations; `unrated`, prompts without a rating, which count in nothing else; `moment/<feature>`, as
-        `alignment` of a target's features; `diversity/distinct_1` to `_3`; of a target `divergence/ess`, the effective
-        number of the samples as ones of the target; and the step's figures (`align_cli.metrics`). A target's Z is
+        `alignment` of a target's features; `diversity/distinct_1` to `_3`, and `diversity/self_bleu`, of each
+        sample against the others of its prompt; of a target `divergence/ess`, the effective number of the samples as ones of the target; and the step's figures (`align_cli.metrics`). A target's Z is
         estimated anew, from these samples; where each prompt has its own, and few samples to estimate it from, what
         depends on it is left out.
     """
@@ -208,8 +210,11 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
                 weights += (filled["target"] - filled["policy"] - filled["log_z"][:, None]).flatten().tolist()
     told = _mean("alignment", [group.ratings for group in drawn])
     told["unrated"] = len(asked) - len(drawn)
-    texts = [text for group in drawn for text in sampler.texts(group)]
-    told |= {f"diversity/distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
+    texts = [sampler.texts(group) for group in drawn]
+    every = [text for of_prompt in texts for text in of_prompt]
+    told |= {f"diversity/distinct_{n}": distinct(every, n) for n in (1, 2, 3)}
+    if experiment.eval.samples > 1:
+        told["diversity/self_bleu"] = fmean(score for of_prompt in texts for score in self_bleu(of_prompt))
     if experiment.target is not None:
         told["divergence/ess"] = effective([weight for theirs in distributed.gather(weights) for weight in theirs])
     names = () if experiment.moments is None else experiment.moments.features
@@ -219,16 +224,6 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
     if experiment.normaliser == "prompt" and experiment.eval.samples < ENOUGH:
         return {name: value for name, value in (told | figures).items() if name not in OF_Z}
     return told | figures
-
-
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words by all n-grams, over all texts. Li et al. 2016, arXiv 1510.03055.
-
-    It is 1 where none comes twice, and 0 where there is none.
-    """
-    words = [text.split() for text in texts]
-    grams = [tuple(each[place : place + n]) for each in words for place in range(len(each) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def effective(log_weights: Sequence[float]) -> float:

@@ -47,6 +47,7 @@ FLOORS = (
         "generation",
         "memory",
         "precision",
+        "diversity",
         "statistics",
         "claims",
         "rundir",

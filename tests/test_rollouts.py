@@ -21,7 +21,7 @@ from align_cli import assembly, baselines, distributed, run, scorers
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
 from align_cli.errors import RunError
-from align_cli.evaluate import distinct, effective
+from align_cli.evaluate import effective
 from align_cli.models.causal import Manner, measure
 from align_cli.normaliser import LogZ
 from align_cli.raters import ByProgram, Unrated, Within
@@ -254,10 +254,7 @@ def test_divergences_are_told_where_z_can_be_estimated(
     assert ("eval/after/divergence/js" in found) == told and "eval/after/divergence/excluded" in found
 
 
-def test_diversity_and_effective_samples_worked_out_by_hand() -> None:
-    assert distinct(["a b a", "b"], 1) == 2 / 4
-    assert distinct(["a b a", "a b"], 2) == 2 / 3  # ab, ba, ab
-    assert distinct(["a b"], 3) == 0
+def test_effective_samples_worked_out_by_hand() -> None:
     assert effective([-3.0, -3.0, -math.inf]) == pytest.approx(2)
     assert effective([0.0, math.log(3)]) == pytest.approx((1 + 3) ** 2 / (1 + 9))
     assert effective([-2000.0]) == pytest.approx(1) and effective([-math.inf]) == 0
@@ -349,6 +346,7 @@ def test_fdpg_moves_the_policy_towards_its_target(model: Path, rows: Path, tmp_p
     assert found["eval/after/divergence/tv"] < found["eval/before/divergence/tv"]
     assert found["divergence/js"] == found["eval/after/divergence/js"]
     assert 1 <= found["eval/after/divergence/ess"] <= 6 * 4 and 0 < found["eval/after/diversity/distinct_1"] <= 1
+    assert 0 <= found["eval/before/diversity/self_bleu"] <= 1
     lines = read_metrics(tmp_path / "run")
     assert {"rollout/score", "rollout/kl", "rollout/entropy", "divergence/log_z"} <= lines[-1].keys()
     for line in lines:  # it is infinite where any sample of the step is excluded
