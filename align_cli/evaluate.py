@@ -182,10 +182,10 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
     Returns:
         `alignment`, the mean rating, with `_low` and `_high` of its 95 % interval, prompts being the independent
         observations; `unrated`, prompts without a rating, which count in nothing else; `moment/<feature>`, as
-        `alignment` of a target's features; `diversity/distinct_1` to `_3`, and `diversity/self_bleu`, of each
-        sample against the others of its prompt; of a target `divergence/ess`, the effective number of the samples as ones of the target; and the step's figures (`align_cli.metrics`). A target's Z is
-        estimated anew, from these samples; where each prompt has its own, and few samples to estimate it from, what
-        depends on it is left out.
+        `alignment` of a target's features; `diversity/distinct_1` to `_3`, and `diversity/self_bleu`, of each sample
+        against the others of its prompt; of a target `divergence/ess`, the effective number of the samples as ones of
+        the target; and the step's figures (`align_cli.metrics`). A target's Z is estimated anew, from these samples;
+        where each prompt has its own, and few samples to estimate it from, what depends on it is left out.
     """
     experiment = method.experiment
     asked = [prompts[index] for index in range(min(experiment.eval.groups, len(prompts)))]
