@@ -51,8 +51,9 @@ from align_cli.proposal import Proposal
 from align_cli.raters import ByModel, ByProgram, Ensemble, FirstFeature, FromEnsemble, Models, Rater, Within
 from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics, rows, weights_digest
 from align_cli.reinforcement import Scaled, TokenRewards, Whitened, summed
+from align_cli.rollouts import DRAWN, Kept
 from align_cli.sections import Moments
-from align_cli.sources import Dataset, Extra, FromPolicy, Rollout, Sampler
+from align_cli.sources import Dataset, Extra, FromKept, FromPolicy, Replay, Rollout, Sampler
 from align_cli.tilt import Lambdas, doubt, fitted, told
 from align_cli.train import total_steps
 
@@ -265,11 +266,14 @@ def build_proposal(experiment: Experiment, engine: Engine) -> Proposal | None:
     return Proposal(engine, experiment.divergence, experiment.proposal.every)
 
 
-def build_source(prepared: Prepared, engine: Engine, digest: str, proposal: Proposal | None) -> Dataset | Rollout:
+def build_source(
+    prepared: Prepared, engine: Engine, digest: str, proposal: Proposal | None, run_dir: Path
+) -> Dataset | Rollout:
     """Where the steps come from; the engine's weights are still those that the run starts from.
 
     Args:
         digest: of these weights.
+        run_dir: where a run keeps what it draws, if it does.
     """
     experiment = prepared.experiment
     train = experiment.train
@@ -284,17 +288,56 @@ def build_source(prepared: Prepared, engine: Engine, digest: str, proposal: Prop
         return Dataset(**common, engine=engine)
     data = experiment.data
     stop = Template(prepared.tokenizer, template=data.template, system=data.system).stop
+    features: list[Rater] = []
     if experiment.moments is not None:
         features = [ByProgram(each.scorer, prepared.tokenizer) for each in experiment.moments.features.values()]
-        sampler = Sampler(engine, prepared.tokenizer, FirstFeature(), experiment.source, stop, features)
-        return Rollout(**common, sampler=sampler, proposal=proposal, extras={})
-    sampler = Sampler(engine, prepared.tokenizer, build_rater(prepared, engine), experiment.source, stop)
+    rater = FirstFeature() if features else build_rater(prepared, engine)
+    sampler = Sampler(engine, prepared.tokenizer, rater, experiment.source, stop, features)
+    common |= {"sampler": sampler, "proposal": proposal}
+    if isinstance(experiment.source, FromKept):
+        return Replay(**common, extras={}, kept=replayed(prepared), wanted=experiment.beside)
     extras: dict[str, Extra] = {}
-    if experiment.advantage is not None and "greedy" in columns.asked(experiment.advantage):
+    if "greedy" in experiment.beside:
         extras["greedy"] = partial(_greedy, sampler, experiment.run.seed)
-    if experiment.contrast is not None:
+    if "baselines" in experiment.beside:
         extras["baselines"] = _baselines(prepared, sampler, engine, digest)
-    return Rollout(**common, sampler=sampler, proposal=proposal, extras=extras)
+    kept = Kept(run_dir, _origin(prepared)) if experiment.source.keep else None
+    return Rollout(**common, extras=extras, kept=kept)
+
+
+def _origin(prepared: Prepared) -> dict[str, Any]:
+    """What decides how samples are to be read (`align_cli.rollouts.Kept`)."""
+    tree = prepared.experiment.tree
+    return {
+        "tokenizer": identity(prepared.tokenizer),
+        "source": {name: tree["source"][name] for name in DRAWN},
+        "scorer": tree["scorer"] or tree["target"]["features"],
+    }
+
+
+def replayed(prepared: Prepared) -> Kept:
+    """The rollouts that a run learns from."""
+    assert isinstance(prepared.experiment.source, FromKept), "a replay has a path"
+    return Kept(Path(prepared.experiment.source.path), _origin(prepared))
+
+
+def check_replay(prepared: Prepared) -> None:
+    """Refuse a replay of a run that has kept too few steps, or that has drawn others than this run would have.
+
+    Raises:
+        UserError: with what would be right.
+    """
+    experiment, store, kept = prepared.experiment, prepared.train, replayed(prepared)
+    of, there = total_steps(experiment.train, len(store)), kept.steps()
+    if there == 0:
+        raise UserError(f"source.path={kept.run}: it keeps no responses. A run with source.keep=true would be right.")
+    if there < of:
+        raise UserError(
+            f"source.path={kept.run}: it keeps the responses of {there} steps, this run has {of}. train.steps={there}, "
+            "or a run of as many steps, would be right."
+        )
+    for step in range(1, of + 1):
+        kept.check(step, [store[index] for index in _members(experiment, store, step).tolist()], experiment.beside)
 
 
 def _greedy(sampler: Sampler, seed: int, prompts: Sequence[Group], number: int) -> list[NDArray[np.float32] | None]:

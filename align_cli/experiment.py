@@ -45,7 +45,7 @@ from align_cli.sections import (
     Train,
     Whitening,
 )
-from align_cli.sources import FromDataset, FromPolicy
+from align_cli.sources import FromDataset, FromKept, FromPolicy
 from align_cli.tracking import Track
 from align_cli.world import World
 
@@ -138,7 +138,12 @@ class Experiment:
     @property
     def on_policy(self) -> bool:
         """Whether responses are drawn from the very policy that learns from them."""
-        return self.measured_as_drawn and self.proposal is None
+        return self.starts_on_policy and self.proposal is None
+
+    @property
+    def starts_on_policy(self) -> bool:
+        """Whether the first step is drawn from the very policy that learns from it: a proposal starts as the policy."""
+        return self.measured_as_drawn and not isinstance(self.source, FromKept)
 
     @property
     def measured_as_drawn(self) -> bool:
@@ -154,11 +159,11 @@ class Experiment:
     @property
     def remembers(self) -> bool:
         """Whether the policy is measured once more, before the first of several updates or for its critic."""
-        if not isinstance(self.source, FromPolicy) or not self.on_policy:
+        if not isinstance(self.source, FromPolicy):
             return False
         asked = columns.asked(self.loss)
         again = self.source.updates > 1 and ("behavior" in asked or "behavior_tokens" in asked)
-        return again or self.scalar == "values"
+        return (again and self.on_policy) or self.scalar == "values"
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -170,6 +175,18 @@ class Experiment:
     def target_asks(self) -> tuple[str, ...]:
         """The columns that the target is made of."""
         return () if self.target is None else tuple(columns.asked(self.target))
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The columns that a source of samples gives beside the responses and their ratings."""
+        asked = [
+            name
+            for part in (self.advantage, self.reward, self.target)
+            if part is not None
+            for name in columns.asked(part)
+        ]
+        given = tuple(name for name in dict.fromkeys(asked) if name in ("greedy", "baselines", *FEATURED))
+        return (*given, *DISAGREED) if isinstance(self.scorer, FromEnsemble) else given
 
     @property
     def algorithm(self) -> str:
@@ -320,7 +337,7 @@ def _read(tree: Tree) -> Experiment:
         problems += config.check(World, tree["world"], "world")
     source = SOURCES.get(str(_section(tree, "source").get("name")))
     if source is None:
-        problems.append(f"source={config.shown(tree.get('source'))}: source=dataset or rollout would be right.")
+        problems.append(f"source={config.shown(tree.get('source'))}: source=dataset, rollout or replay would be right.")
     else:
         problems += config.check(source, tree["source"], "source")
     if tree.get("resume") not in ("auto", "never"):
@@ -390,7 +407,7 @@ def _read(tree: Tree) -> Experiment:
     makers = _signatures(
         built_reward, built_target, built_advantage, penalty is not None or "reference_tokens" in asked
     )
-    rolls = source is FromPolicy
+    rolls = issubclass(source, FromPolicy)
     wanted = [*asked, *(["reference"] if rolls else [])]  # samples are told by how far they went
     remembered = ["old_values"] if "values" in asked else []
     try:
@@ -668,13 +685,15 @@ def column_makers(experiment: Experiment) -> dict[str, str]:
     sampled = isinstance(experiment.source, FromPolicy)
     table |= {name: f"data={tree['data']['name']}" for name in ("lengths", "mask") if name in asked}
     sampler = "the sampler" if experiment.proposal is None else f"proposal={experiment.proposal.name}, the sampler"
+    kept = isinstance(experiment.source, FromKept)
+    sampler = f"source=replay: {experiment.source.path}" if isinstance(experiment.source, FromKept) else sampler
     table |= {name: sampler for name in ("behavior", "behavior_tokens") if name in asked}
     table |= {"old_values": "the critic before the first update"} if "old_values" in asked else {}
     if experiment.contrast is not None:
         table["baselines"] = f"{experiment.contrast.responses} responses of the starting model"
     if "ratings" in asked or "rewards" in experiment.made or "target" in experiment.made:
         scorer = f"scorer={tree['scorer']['name']}" if tree.get("scorer") else "the first feature"
-        table["ratings"] = scorer if sampled else f"data={tree['data']['name']}"
+        table["ratings"] = sampler if kept else scorer if sampled else f"data={tree['data']['name']}"
     if isinstance(experiment.scorer, FromEnsemble):
         table["spread"] = f"{len(experiment.scorer.paths)} reward models"
     if experiment.moments is not None:

@@ -28,7 +28,7 @@ from align_cli.experiment import Experiment
 from align_cli.run import Prepared, prepare, run, score
 
 # What may differ between a run and its resumption: it does not change what is computed.
-FREE = ("resume", "track", "checkpoint", "run.dir", "launch.name")
+FREE = ("resume", "track", "checkpoint", "run.dir", "launch.name", "source.keep")
 LAST_WORDS = 15  # lines of a failing rank's log that are shown
 GRACE = 25.0  # seconds that ranks have to save after a signal, before they are killed
 
@@ -159,7 +159,8 @@ def located(tree: Tree) -> Tree:
         return {**section, "path": str(Path(path).expanduser().absolute())}
 
     return {
-        name: whole(section) if name in ("model", "data", "reference") else section for name, section in tree.items()
+        name: whole(section) if name in ("model", "data", "reference", "source") else section
+        for name, section in tree.items()
     }
 
 

@@ -83,7 +83,9 @@ class Method:
             if batch.behavior is not None:
                 given |= {"behavior_tokens": batch.behavior, "behavior": batch.behavior.sum(-1)}
             if self.experiment.remembers:
-                given |= remembered(engine.measure(batch))
+                again = remembered(engine.measure(batch))
+                # Where samples are another policy's, only what the critic expects of them is its own.
+                given |= again if self.experiment.on_policy else {"old_values": again["old_values"]}
             filled.append(given | batch.given)
         for name in self.made:
             if isinstance(producer := self.producers[name], columns.Gathers):
@@ -144,7 +146,7 @@ class Method:
         """
         size = self.size(filled)
         if "behavior" in filled:
-            others = {"sampler": filled["batch"].behavior.sum(-1)} if self.experiment.measured_as_drawn else {}
+            others = {"sampler": filled["batch"].behavior.sum(-1)} if self.experiment.starts_on_policy else {}
             others |= {} if self.experiment.reference.path else {"drift": filled["reference"]}
             return {name: self._apart(filled, other) for name, other in others.items()}
         if "scores" in filled and not is_reward_model(read_architecture(self.experiment.model)):

@@ -14,6 +14,9 @@ from align_cli.config import Tree
 
 Loss = Callable[..., Tensor]
 
+SAMPLED = ("rollout", "replay")
+"""Sources whose responses are a policy's."""
+
 
 def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
     """Combinations of algorithm, divergence, reward and data that compute nothing."""
@@ -35,7 +38,7 @@ def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
             "may leave responses out and the reward is no function of π/π_ref."
         )
     # Where neither key tells, the rows themselves do (`align_cli.data.store`).
-    rolls = tree["source"]["name"] == "rollout"
+    rolls = tree["source"]["name"] in SAMPLED
     given = tree["source"]["samples"] if rolls else data["responses"] or (data["expected"] or {}).get("responses", 2)
     compares = "pairs" in asked or ("rewards" in asked and "mismatch_kl" not in asked)
     if compares and given == 1:
@@ -69,7 +72,7 @@ def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
 def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
     """Combinations of where responses come from and what is asked of them that compute nothing."""
     algorithm, asked = tree["algo"]["name"], columns.asked(loss)
-    rolls, target = tree["source"]["name"] == "rollout", tree.get("target")
+    rolls, target = tree["source"]["name"] in SAMPLED, tree.get("target")
     problems: list[str] = []
     if not rolls:
         sampled = [name for name in ("behavior", "target", "advantages") if name in asked]
@@ -102,6 +105,16 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
     if target and "target" not in asked:
         problems.append(
             f"algo={algorithm} target={target['name']}: {algorithm} has no target to choose; algo=fdpg has."
+        )
+    if tree["source"]["name"] == "replay" and tree["source"]["keep"]:
+        problems.append(
+            f"source=replay source.keep=true: what it learns from is kept in {tree['source']['path']} already. "
+            "source.keep=false would be right."
+        )
+    if tree["source"]["name"] == "replay" and tree.get("proposal"):
+        problems.append(
+            f"source=replay proposal={tree['proposal']['name']}: nothing is drawn; samples of a proposal are weighted "
+            "by what was kept of it. proposal=null would be right."
         )
     if tree.get("proposal") and "target" not in asked:
         problems.append(
@@ -217,10 +230,10 @@ def of_scores(sections: Mapping[str, Any], tree: Tree, loss: Loss) -> list[str]:
             f"algo={algorithm} asks for 'scores' and for '{others[0]}'; a reward model gives scores and no "
             "log-probabilities. One of the two would be right."
         )
-    if tree["source"]["name"] == "rollout":
+    if tree["source"]["name"] in SAMPLED:
         problems.append(
-            f"algo={algorithm} source=rollout: a reward model learns from responses that are there, it writes none. "
-            "Use source=dataset."
+            f"algo={algorithm} source={tree['source']['name']}: a reward model learns from responses that are there, "
+            "it writes none. Use source=dataset."
         )
     if tree["reference"]["name"] != "cached":
         problems.append(

@@ -27,7 +27,7 @@ from align_cli.precision import Arithmetic, choose_for
 from align_cli.raters import FromModel, Models
 from align_cli.references import Say, rows, weights_digest
 from align_cli.rundir import Scalar
-from align_cli.sources import Dataset, FromDataset, FromPolicy, Rollout
+from align_cli.sources import Dataset, FromDataset, FromKept, FromPolicy, Rollout
 from align_cli.tracking import Silent, Tracker
 from align_cli.train import Progress, stop_signals, total_steps, train
 from align_cli.world import World, WorldPaths
@@ -100,7 +100,10 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
     )
     cache.touch(store.path.parent)
     _refuse_unfit(experiment, store, held_out)
-    return Prepared(experiment, tokenizer, store, held_out, problems)
+    prepared = Prepared(experiment, tokenizer, store, held_out, problems)
+    if isinstance(source, FromKept):
+        assembly.check_replay(prepared)
+    return prepared
 
 
 def world_of(options: World, say: Say) -> WorldPaths:
@@ -234,7 +237,7 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
     progress.inputs, progress.precision = inputs, asdict(precision)
     _introduce(prepared, engine, run_dir, progress)
     proposal = build_proposal(experiment, engine)
-    source = build_source(prepared, engine, inputs["weights"], proposal)
+    source = build_source(prepared, engine, inputs["weights"], proposal, run_dir)
     if latest is None:
         progress.columns = assembly.learn_first(prepared, source)
     method, evaluation, cached = build_methods(prepared, engine, device, inputs["weights"], progress.columns)

@@ -12,7 +12,7 @@ from align_cli.proposal import Adaptive
 from align_cli.ranges import Count, Fraction, NotEmpty, Positive, WholeNumber
 from align_cli.raters import FromEnsemble, FromModel, Scorer
 from align_cli.reinforcement import AdaptiveKL, FixedKL
-from align_cli.sources import FromDataset, FromPolicy
+from align_cli.sources import FromDataset, FromKept, FromPolicy
 from align_cli.tracking import Track
 
 
@@ -137,7 +137,11 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "engine": EngineOptions,
     "track": Track,
 }
-SOURCES: dict[str, type[FromDataset] | type[FromPolicy]] = {"dataset": FromDataset, "rollout": FromPolicy}
+SOURCES: dict[str, type[FromDataset] | type[FromPolicy]] = {
+    "dataset": FromDataset,
+    "rollout": FromPolicy,
+    "replay": FromKept,
+}
 # What rates responses and is no function of texts.
 RATERS: dict[str, type[FromModel] | type[FromEnsemble]] = {"model": FromModel, "ensemble": FromEnsemble}
 PARTS = (

@@ -1,6 +1,6 @@
-"""Where the responses of a step come from: a dataset that holds them, or the policy, which is sampled.
+"""Where the responses of a step come from: a dataset, the policy, which is sampled, or samples that a run has kept.
 
-Both give `Step`s, so the loop does not know which it has.
+All give `Step`s, so the loop does not know which it has.
 """
 
 import time
@@ -20,8 +20,9 @@ from align_cli.engine import Engine
 from align_cli.errors import RunError
 from align_cli.generation import Drawn, sample, stops
 from align_cli.proposal import Proposal
-from align_cli.ranges import BelowOne, Count, NonNegative, Positive
+from align_cli.ranges import BelowOne, Count, NonNegative, NotEmpty, Positive
 from align_cli.raters import Rater, Unrated
+from align_cli.rollouts import Kept
 
 # These take the place of a step's number, which counts from 1, in seeds.
 EVALUATION = 0
@@ -47,7 +48,7 @@ class FromDataset:
 class FromPolicy:
     """The `source` section of a run that samples its responses."""
 
-    name: Literal["rollout"]
+    name: Literal["rollout", "replay"]
     samples: Count
     temperature: Positive
     max_new_tokens: Count
@@ -56,11 +57,23 @@ class FromPolicy:
     minibatches: Count
     epochs: Count
     sequences: Count
+    keep: bool
 
     @property
     def updates(self) -> int:
         """Of the weights, from the samples of one step."""
         return self.minibatches * self.epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromKept(FromPolicy):
+    """The `source` section of a run that learns from what another has sampled; its own policy is sampled to be judged.
+
+    Attributes:
+        path: of the other run.
+    """
+
+    path: NotEmpty
 
 
 class Source(Protocol):
@@ -240,6 +253,7 @@ class Rollout:
         store: of the prompts; its own responses are not looked at.
         proposal: what is sampled in the place of the policy; None: the policy itself.
         extras: further columns to give, by name.
+        kept: where each step's responses are kept; None: nowhere.
         prompts, seed, together, budget: as for `Dataset`.
     """
 
@@ -247,6 +261,7 @@ class Rollout:
     sampler: Sampler
     proposal: Proposal | None
     extras: Mapping[str, Extra]
+    kept: Kept | None
     prompts: int
     seed: int
     together: bool
@@ -257,9 +272,7 @@ class Rollout:
         for number in range(first, last + 1):
             chosen = members(self.store, number, prompts=self.prompts, seed=self.seed, together=self.together)
             asked = [self.store[index] for index in chosen.tolist()]
-            with nullcontext() if self.proposal is None else self.proposal.drawing():
-                drawn = self.sampler.draw(asked, (self.seed, number), samples=options.samples)
-            drawn = self.completed(drawn, number)
+            drawn = self.drawn(asked, number)
             if not drawn:
                 raise RunError(f"no prompt of step {number} has all the ratings that it needs. {KEPT}")
             shuffled = np.random.default_rng((self.seed, number))
@@ -268,6 +281,15 @@ class Rollout:
             order = [place for _ in range(options.epochs) for place in shuffled.permutation(len(minibatches)).tolist()]
             tokens = sum(len(group.prompt) for group in drawn) + sum(part.response_tokens for part in minibatches)
             yield Step(number, minibatches, tuple(order), drawn, tokens, self._spent(), len(asked) - len(drawn))
+
+    def drawn(self, asked: Sequence[Group], number: int) -> list[Group]:
+        """The prompts of a step with responses, those alone that have ratings; every rank calls it alike."""
+        with nullcontext() if self.proposal is None else self.proposal.drawing():
+            drawn = self.sampler.draw(asked, (self.seed, number), samples=self.sampler.options.samples)
+        drawn = self.completed(drawn, number)
+        if self.kept is not None and distributed.rank() == 0:
+            self.kept.write(number, asked, drawn)
+        return drawn
 
     def spread(self, responses: int, *, apiece: int) -> list[Group]:
         """At least so many responses at temperature 1, to the first prompts in the order of the seed.
@@ -300,3 +322,18 @@ class Rollout:
         spent = dict(self.sampler.spent)
         self.sampler.spent.clear()
         return spent
+
+
+@dataclass(frozen=True)
+class Replay(Rollout):
+    """The same steps of responses that another run has kept.
+
+    Attributes:
+        wanted: columns that were kept beside the responses and that this run asks for.
+    """
+
+    wanted: tuple[str, ...]
+
+    def drawn(self, asked: Sequence[Group], number: int) -> list[Group]:
+        assert self.kept is not None, "a replay has something to read"
+        return self.kept.read(number, self.wanted)

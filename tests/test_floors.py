@@ -42,6 +42,7 @@ FLOORS = (
         "baselines",
         "normaliser",
         "proposal",
+        "rollouts",
         "tilt",
         "sources",
         "generation",

@@ -262,7 +262,7 @@ def test_samples_of_a_proposal_give_the_gradient_of_the_divergence(
     prepared = prepare(checked, lambda text: None)
     engine = assembly.build_engine(checked, torch.device("cpu"))
     proposal = assembly.build_proposal(checked, engine)
-    source = assembly.build_source(prepared, engine, "", proposal)
+    source = assembly.build_source(prepared, engine, "", proposal, tmp_path)
     method, _, _ = assembly.build_methods(prepared, engine, engine.device, "", {})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -264,7 +264,7 @@ def test_minibatches_are_all_of_a_step(model: Path, rows: Path, tmp_path: Path) 
     experiment = read(overrides(model, rows, tmp_path / "other", *given))
     prepared = run.prepare(experiment, lambda text: None)
     engine = assembly.build_engine(experiment, distributed.local_device("cpu"))
-    source = assembly.build_source(prepared, engine, "", None)
+    source = assembly.build_source(prepared, engine, "", None, tmp_path)
     (step,) = source.steps(1, 1)
     assert sorted(step.groups) == list(range(8)) and len(step.minibatches) == 5
     assert sorted(step.order) == list(range(5))

@@ -42,7 +42,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sampler(model: Path, scorer: Any = lambda prompt, response: float(len(response)), **changed: Any) -> Sampler:
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     options = {"name": "rollout", "samples": 3, "temperature": 1.0, "max_new_tokens": 12, "sequences": 64}
-    options |= {"missing_eos_penalty": 0.0, "bad_ratings": 0.0, "minibatches": 1, "epochs": 1}
+    options |= {"missing_eos_penalty": 0.0, "bad_ratings": 0.0, "minibatches": 1, "epochs": 1, "keep": False}
     engine: Any = SimpleNamespace(network=network, collective=False, manner=Manner(flat=False))
     tokenizer = AutoTokenizer.from_pretrained(model)
     rater, section = ByProgram(scorer, tokenizer), FromPolicy(**{**options, **changed})
@@ -162,7 +162,8 @@ def test_a_prompt_without_baselines_or_greedy_rating_is_left_out(model: Path, tm
     again = baselines.prepare(failing, asked, kept=tmp_path, **named)
     extras = [there, again, partial(assembly._greedy, failing, 0)]
     for name, make in zip(("baselines", "baselines", "greedy"), extras, strict=True):
-        rollout = Rollout(Any, failing, None, {name: make}, prompts=3, seed=0, together=False, budget=99)  # pyright: ignore
+        own: Any = {"store": None, "prompts": 3, "seed": 0, "together": False, "budget": 99}
+        rollout = Rollout(sampler=failing, proposal=None, extras={name: make}, kept=None, **own)
         left = rollout.completed(asked, 1)
         assert [group.where for group in left] == ["rows.jsonl:1", "rows.jsonl:3"]
         assert all(name in group.given for group in left)
@@ -370,7 +371,7 @@ def test_a_response_in_a_conversation_ends_where_the_template_ends_a_turn(
     experiment = read(overrides(tmp_path / "model", rows, tmp_path / "run", *given, "source.max_new_tokens=12"))
     prepared = run.prepare(experiment, lambda text: None)
     engine = assembly.build_engine(experiment, distributed.local_device("cpu"))
-    (step,) = assembly.build_source(prepared, engine, "", None).steps(1, 1)
+    (step,) = assembly.build_source(prepared, engine, "", None, tmp_path).steps(1, 1)
     last: set[int] = set()
     for group in (step.store[index] for index in step.groups):
         assert tokenizer.decode(group.prompt).endswith("=<pad>a=")
