@@ -267,8 +267,8 @@ def heat(
         place.set_ylim(rows - 0.5, -0.5)
         place.set_xticks(range(columns), [short(name, 12) for name in grid.columns])
         place.set_yticks(range(rows), [short(name, 18) for name in grid.rows])
-        place.set_xlabel(x)
-        place.set_ylabel(y)
+        place.set_xlabel(short(x))
+        place.set_ylabel(short(y))
         place.tick_params(length=0)
         place.grid(visible=False)
         place.spines[:].set_visible(False)
@@ -412,8 +412,8 @@ def _share(value: float, low: float, high: float, centre: float | None) -> tuple
 
 
 def _axes(place: Any, x: str, y: str) -> None:
-    place.set_xlabel(x)
-    place.set_ylabel(y)
+    place.set_xlabel(short(x, 72))
+    place.set_ylabel(short(y))
     if not place.has_data():
         place.text(0.5, 0.5, "no finite values", ha="center", va="center", color=SOFT, transform=place.transAxes)
         place.set_xticks([])
@@ -428,7 +428,7 @@ def _legend(figure: Any, place: Any, entries: int) -> None:
         return
     longest = max(map(len, once), default=1)
     columns = max(1, min(len(once), int(figure.get_figwidth() * _UNIT / (34 + 7 * longest))))
-    figure.legend(once.values(), once.keys(), loc="outside lower left", ncols=columns, handlelength=1.6)
+    figure.legend(once.values(), once.keys(), loc="outside lower left", ncols=columns, handlelength=2.2)
 
 
 def _label(place: Any, points: Sequence[Point]) -> None:

@@ -382,7 +382,8 @@ def _what_was_run(run: Content) -> list[Section]:
 
 def written(command: Sequence[object]) -> str:
     """A command line as it is typed: the program by its name, whatever its place was."""
-    return " ".join(["align", *(_typed(str(word)) for word in command[1:])])
+    program = "python -m align_cli.worker" if str(command[0]).endswith("worker.py") else "align"
+    return " ".join([program, *(_typed(str(word)) for word in command[1:])])
 
 
 def _typed(word: str) -> str:
