@@ -46,10 +46,14 @@ METHODS = {
     ],
     "greedy": ["algo=remax", *SAMPLED, *MATCHED],
     "target": ["algo=fdpg", "divergence=js", "target.floor=0.01", *SAMPLED, *MATCHED],
+    "proposal": [  # the policy's weights make room for an older policy's, and come back
+        *("algo=fdpg", "divergence=js", "target.floor=0.01", *SAMPLED, *MATCHED),
+        *("proposal=adaptive", "proposal.every=3"),
+    ],
     # prompts whose ratings lie outside what the target takes, on one rank or on both
     "unrated": ["algo=fdpg", "divergence=js", *SAMPLED, *ERRING, "source.bad_ratings=0.9", "eval.groups=6"],
 }
-ONLINE = ("rated", "together", "again", "greedy", "target", "unrated")
+ONLINE = ("rated", "together", "again", "greedy", "target", "proposal", "unrated")
 WIDE = 8192  # tokens of its vocabulary; a megabyte of float32 holds the logits of 30 states
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 # With ε = lr an update of AdamW moves a weight by about as much as its gradient differs, and not by lr times a sign
@@ -77,6 +81,7 @@ RUNS = {
     **{f"zero1-{method}": (method, ["engine=zero1"]) for method in ONLINE},
     "zero3-again": ("again", ["engine=zero3"]),
     "zero3-target": ("target", ["engine=zero3"]),
+    "zero3-proposal": ("proposal", ["engine=zero3"]),
     "zero3-together": ("together", ["engine=zero3"]),
     "zero3-unrated": ("unrated", ["engine=zero3"]),
     "zero2-unclipped": ("unclipped", ["engine=zero2"]),
