@@ -31,6 +31,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def reader_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of random weights that reads any text and chats."""
+    return small_runs.build_reader(tmp_path_factory.mktemp("models") / "reader", seed=0)
+
+
+@pytest.fixture(scope="session")
 def ragged_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts with 2 and with 4 scored completions."""
     return small_runs.write_rows(tmp_path_factory.mktemp("rows") / "ragged.jsonl", responses=(2, 4, 4), rows=26)

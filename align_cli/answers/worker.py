@@ -6,14 +6,14 @@ Its own time limits are switched off: they need signals, and whoever asks keeps 
 import json
 import resource
 import sys
+from typing import Any
 
 
 def judged(gold: str, answer: str, tolerance: float) -> str:
     """right, wrong, or unread where math-verify finds nothing in the answer."""
-    import sympy
     from math_verify import parse, verify
 
-    def read(text: str) -> list[object]:
+    def read(text: str) -> list[Any]:
         boxed = "\\boxed{" + text + "}"
         return parse(boxed, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
@@ -22,9 +22,9 @@ def judged(gold: str, answer: str, tolerance: float) -> str:
         return "unread"
     if verify(right, given, timeout_seconds=None):  # pyright: ignore[reportArgumentType]
         return "right"
-    if tolerance and right and isinstance(right[0], sympy.Basic) and isinstance(given[0], sympy.Basic):
-        target, found = (sympy.N(each) for each in (right[0], given[0]))
-        if target.is_Float and found.is_Float and abs(found - target) <= tolerance * abs(target):
+    if tolerance and right:
+        target, found = float(right[0]), float(given[0])
+        if abs(found - target) <= tolerance * abs(target):
             return "right"
     return "wrong"
 

@@ -99,7 +99,7 @@ def load(benchmark: Benchmark, key: str) -> tuple[list[rows.Labelled], str]:
     found = _local(benchmark) if benchmark.path is not None else _from_hub(benchmark, key)
     labelled = [each for part in found for each in part.rows()]
     if not labelled:
-        raise UserError(f"eval={key}: {benchmark.name} has no rows.")
+        raise UserError(f"{benchmark.name} has no rows.")
     return labelled, "-".join(part.identity[:16] for part in found)
 
 
@@ -119,9 +119,7 @@ def _from_hub(benchmark: Benchmark, key: str) -> list[rows.Rows]:
     """From the hub or its local cache."""
     hub = benchmark.hub
     if hub is None:
-        raise UserError(
-            f"eval={key}: its data is not on the hub; eval.path=FILE with {benchmark.source} would be right."
-        )
+        raise UserError(f"its data is not on the hub; eval.path=FILE with {benchmark.source} would be right.")
     import datasets
 
     loaded: list[rows.Rows] = []
@@ -137,7 +135,7 @@ def _from_hub(benchmark: Benchmark, key: str) -> list[rows.Rows]:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         folder = hub.rpartition("/")[2]
         raise UserError(
-            f"eval={key}: its data, {benchmark.name}, is not here and could not be fetched ({first}); where there is "
+            f"its data, {benchmark.name}, is not here and could not be fetched ({first}); where there is "
             f"network, `hf download --repo-type dataset {hub} --local-dir {folder}` gets it, and eval.path={folder} "
             "reads it."
         ) from error
