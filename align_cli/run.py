@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from align_cli import assembly, cache, config, distributed, evaluate, paths, rundir, summaries, terminal, world
+from align_cli import assembly, cache, config, distributed, evaluate, paths, rundir, scorers, summaries, terminal, world
 from align_cli.assembly import Prepared, build_engine, build_methods, build_proposal, build_source
 from align_cli.checkpoints import Checkpoint, Checkpoints
 from align_cli.data import toy
@@ -24,7 +24,7 @@ from align_cli.method import Method
 from align_cli.models.causal import load_tokenizer, read_architecture
 from align_cli.models.scalar import classifier, is_reward_model
 from align_cli.precision import Arithmetic, choose_for
-from align_cli.raters import FromModel, Models
+from align_cli.raters import FromModel, Models, Scorer
 from align_cli.references import Say, rows, weights_digest
 from align_cli.rundir import Scalar
 from align_cli.sources import Dataset, FromDataset, FromKept, FromPolicy, Rollout
@@ -73,6 +73,8 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
             experiment = replace(experiment, model=replace(experiment.model, path=str(made.model)))
         if experiment.data.path == "world":
             experiment = replace(experiment, data=replace(experiment.data, path=str(made.samples)))
+    for scorer in programs(experiment):
+        scorers.load(scorer)
     tokenizer = load_tokenizer(experiment.model)
     if experiment.reference.path is not None:
         try:
@@ -112,6 +114,13 @@ def world_of(options: World, say: Say) -> WorldPaths:
         made = world.prepare(options, cache=paths.cache(), train_sft=_imitate, say=say, progress=progress)
     cache.touch(made.model.parent)
     return made
+
+
+def programs(experiment: Experiment) -> list[Scorer]:
+    """The functions of texts that rate samples."""
+    of_features = [] if experiment.moments is None else [each.scorer for each in experiment.moments.features.values()]
+    own = experiment.scorer
+    return of_features if own is None or isinstance(own, Models) else [own, *of_features]
 
 
 def _refuse_rater(experiment: Experiment, key: str, path: str, tokenizer: PreTrainedTokenizerBase) -> None:

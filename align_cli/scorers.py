@@ -3,15 +3,20 @@
 A score becomes the response's rating; the `reward` and `target` groups make of it what an algorithm learns from.
 """
 
+import importlib
 import random
 import re
 import warnings
-from typing import Annotated
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
 from align_cli.data import toy
-from align_cli.ranges import NonNegative, NotEmpty
+from align_cli.errors import UserError
+from align_cli.ranges import Count, NonNegative, NotEmpty
 
 
 def _compiled(pattern: str) -> str:
@@ -27,7 +32,11 @@ Pattern = Annotated[NotEmpty, AfterValidator(_compiled)]
 
 def contains(prompt: str, response: str, *, words: list[NotEmpty]) -> float:
     """1 where one of the words or phrases is in the response, as whole words in any case, else 0."""
-    return float(any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", response, re.IGNORECASE) for word in words))
+    return float(any(_said(word, response) for word in words))
+
+
+def _said(word: str, text: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def matches(prompt: str, response: str, *, pattern: Pattern) -> float:
@@ -44,6 +53,89 @@ def compiles(prompt: str, response: str) -> float:
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a null character
         return 0.0
     return 1.0
+
+
+SILENCED = re.compile(r"(?<=# )no(?:qa|pep8)\b", re.IGNORECASE)  # a comment that would switch pycodestyle off
+FENCED = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def pycodestyle(prompt: str, response: str, *, max_line_length: Count, ignore: list[NotEmpty]) -> float:
+    """1 where pycodestyle has nothing to say against the code, else 0, also where there is none; nothing is run.
+
+    The code is what stands in the response's fences of three backticks, else prompt and response together. A missing
+    line feed at the very end is not held against it: where a response ends, its tokenizer decides.
+    """
+    guide = _guide(max_line_length, tuple(ignore))
+    fenced = FENCED.findall(response)
+    code = "".join(fenced) if fenced else prompt + response
+    code = SILENCED.sub(lambda found: "x" * len(found[0]), code if code.endswith("\n") else f"{code}\n")
+    lines = re.findall(r"[^\n]*\n", code)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd but legal programs
+        return float(bool(code.strip()) and guide.input_file("response", lines=lines) == 0)
+
+
+@cache
+def _guide(max_line_length: int, ignore: tuple[str, ...]) -> Any:
+    """pycodestyle with these options and none of its configuration files."""
+    library = _library("pycodestyle", "pycodestyle")
+    # without any of the two it would ignore what it does by default
+    chosen = {"ignore": ignore} if ignore else {"select": ("E", "W")}
+    return library.StyleGuide(reporter=library.BaseReport, max_line_length=max_line_length, **chosen)
+
+
+def entities(prompt: str, response: str, *, model: NotEmpty, fewest: Count) -> float:
+    """The share of the different named entities in the response that the prompt names, too; in any case.
+
+    Args:
+        model: of spaCy, which finds them.
+        fewest: with fewer different entities in the response it is 0.
+    """
+    found = {entity.text.casefold().strip() for entity in _pipeline(model)(response).ents} - {""}
+    return sum(_said(entity, prompt) for entity in found) / len(found) if len(found) >= fewest else 0.0
+
+
+@cache
+def _pipeline(model: str) -> Callable[[str], Any]:
+    """A pipeline of spaCy that finds entities."""
+    spacy = _library("spacy", "entities")
+    installed = model in spacy.util.get_installed_models()
+    if not installed and not Path(model).is_dir():
+        raise UserError(
+            f"scorer=entities model={model}: spaCy has no such model and there is no such folder. "
+            f"'python -m spacy download {model}' installs one of spaCy's own."
+        )
+    try:
+        pipeline = spacy.load(model if installed else Path(model))  # a path is never taken for a package
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"scorer=entities model={model}: spaCy cannot read it: {reason}") from error
+    if not any("doc.ents" in pipeline.get_pipe_meta(name).assigns for name in pipeline.pipe_names):
+        parts = ", ".join(pipeline.pipe_names) or "it has none"
+        raise UserError(
+            f"scorer=entities model={model}: none of its parts ({parts}) finds entities. A model with 'ner' "
+            "or 'entity_ruler' would be right."
+        )
+    return pipeline
+
+
+def _library(name: str, scorer: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"scorer={scorer}: {error.name} is not installed; pip install 'align-cli[scorers]' brings it."
+        ) from error
+
+
+def load(scorer: Callable[[str, str], float]) -> None:
+    """Have a scorer load what it needs beside this package, before anything else is loaded.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if isinstance(scorer, partial) and scorer.func in (pycodestyle, entities):
+        scorer("", "")  # the first call loads
 
 
 def addition(prompt: str, response: str) -> float:
