@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -87,6 +87,12 @@ def endpoint() -> Endpoint:
     if key is not None and parts.scheme == "http" and not _is_loopback(parts.hostname):
         terminal.warn(f"the judge's key goes to {parts.hostname} unencrypted; an https address would be right")
     return Endpoint(url, key)
+
+
+def asked_for(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What a section `judge` and the environment together decide: whose verdicts an evaluation rests on."""
+    model = section["model"] or os.environ.get(MODEL, "").strip()
+    return {**section, "model": model, "where": endpoint().where}
 
 
 def _is_loopback(host: str) -> bool:

@@ -69,6 +69,13 @@ def figures_of(result: Result) -> dict[str, Figure]:
     return found
 
 
+def shown(figure: Figure) -> str:
+    """A figure with its interval, for readers."""
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.4g}"
+    return f"{figure.value:.4g} [{figure.low:.4g}, {figure.high:.4g}]"
+
+
 def mean_of(values: Sequence[float]) -> Interval:
     """A mean over items with its interval: Wilson's of a share, the bootstrap's of anything else."""
     if all(value in (0.0, 1.0) for value in values):

@@ -155,6 +155,46 @@ def _two_tails(t: float, freedom: float) -> float:
     return math.exp(a * math.log(x) + b * math.log1p(-x) - beta) / (a * fraction)
 
 
+def kappa(counts: Sequence[Sequence[float]]) -> float:
+    """J. Cohen's κ (Educational and Psychological Measurement 20, 1960): agreement beyond what chance would give.
+
+    Args:
+        counts: (labels, labels) how often one says the row's label and the other the column's.
+
+    Returns:
+        1 for full agreement, 0 for that of chance; NaN where both only ever give one and the same label, or nothing.
+    """
+    total = sum(map(sum, counts))
+    if total == 0:
+        return math.nan
+    observed = sum(row[place] for place, row in enumerate(counts)) / total
+    by_chance = sum(sum(row) * sum(column) for row, column in zip(counts, zip(*counts, strict=True), strict=True))
+    by_chance /= total**2
+    return math.nan if by_chance == 1 else (observed - by_chance) / (1 - by_chance)
+
+
+def spearman(values: Sequence[float], others: Sequence[float]) -> float:
+    """C. Spearman's ρ: the correlation of ranks, equal values sharing the mean of theirs; NaN where all are equal.
+
+    Args:
+        values, others: (n,) of the same n things, n >= 2.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} values have no order; expected at least two.")
+    one, two = _ranks(values), _ranks(others)
+    middle = (len(one) + 1) / 2
+    product = math.fsum((a - middle) * (b - middle) for a, b in zip(one, two, strict=True))
+    spread = math.fsum((a - middle) ** 2 for a in one) * math.fsum((b - middle) ** 2 for b in two)
+    return product / math.sqrt(spread) if spread > 0 else math.nan
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+
+
 def student(values: Sequence[float]) -> Interval:
     """A mean with Student's t-interval: exact for normal observations, however few; equal ones give no width.
 

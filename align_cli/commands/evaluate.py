@@ -14,14 +14,14 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 import align_cli
-from align_cli import config, exits, paths, results, terminal
-from align_cli.commands import arguments
+from align_cli import config, exits, judges, paths, results, terminal
+from align_cli.commands import arguments, calibrate
 from align_cli.commands.listing import print_table
 from align_cli.config import Tree
 from align_cli.errors import Stopped, UserError
 from align_cli.evals import Result, Training
 from align_cli.judges import Judge
-from align_cli.results import Figure, Finished
+from align_cli.results import Finished
 from align_cli.sandbox import Code, opened
 
 USAGE = "align evaluate RUN_OR_MODEL eval=NAME,... [key=value ...]"
@@ -48,9 +48,13 @@ class Planned:
 def main(argv: list[str]) -> int:
     """`evaluate RUN_OR_MODEL eval=NAME,... [key=value ...]`; returns the exit code."""
     if not argv or {"-h", "--help"} & set(argv):
-        terminal.result(f"{USAGE}\n\nalign ls eval lists what there is, align ls suite the lists of them.")
+        terminal.result(
+            f"{USAGE}\n{calibrate.USAGE}\n\nalign ls eval lists what there is, align ls suite the lists of them."
+        )
         return exits.DONE if argv else exits.USER
     target, *rest = argv
+    if target == "calibrate":
+        return calibrate.main(rest)
     if target.startswith("-") or ("=" in target and not Path(target).exists()):
         raise UserError(f"{target}: the run or model comes first: {USAGE}")
     planned = plan(rest)
@@ -286,20 +290,20 @@ def parts(planned: Planned) -> dict[str, Any]:
 def fingerprint(planned: Planned, asked: Any) -> dict[str, Any]:
     """What an evaluation follows from: its options, the weights, the runner's own code, local files that it reads."""
     code = hashlib.blake2b(Path(inspect.getfile(planned.runner)).read_bytes(), digest_size=8).hexdigest()
-    local = planned.tree["eval"].get("path")
+    named = [Path(value).expanduser() for value in planned.tree["eval"].values() if isinstance(value, str) and value]
+    judge = planned.tree.get("judge")
     return {
         "eval": planned.tree["eval"],
         **{name: planned.tree.get(name) for name in SETTINGS},
+        **({} if judge is None else {"judge": judges.asked_for(judge)}),
         "weights": asked.digest,
         "made_by": code,
-        "files": _files(Path(local).expanduser()) if isinstance(local, str) else None,
+        "files": [_files(path) for path in named if path.exists()],
     }
 
 
-def _files(path: Path) -> list[list[Any]] | None:
-    """Names, sizes and times of a file, or of the files of a folder; None where there is none."""
-    if not path.exists():
-        return None
+def _files(path: Path) -> list[list[Any]]:
+    """Names, sizes and times of a file, or of the files of a folder."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
@@ -319,15 +323,8 @@ def show(done: Sequence[Finished]) -> None:
 
 def rows_of(finished: Finished) -> list[list[str]]:
     """The lines of an evaluation in a table."""
-    judge = finished.made.get("judge")
+    judge = " ".join(str(finished.made[key]) for key in ("judge", "judge_date") if key in finished.made)
     return [
-        [finished.name, name, shown(figure), "" if figure.n is None else str(figure.n), str(judge or "")]
+        [finished.name, name, results.shown(figure), "" if figure.n is None else str(figure.n), judge]
         for name, figure in finished.figures.items()
     ]
-
-
-def shown(figure: Figure) -> str:
-    """A figure with its interval."""
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:.4g}"
-    return f"{figure.value:.4g} [{figure.low:.4g}, {figure.high:.4g}]"
