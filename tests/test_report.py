@@ -24,6 +24,7 @@ import yaml
 from small_runs import align
 
 from align_cli import exits, metrics, rundir, train
+from align_cli.commands.completion import complete
 from align_cli.report import content, figures, page, single
 from align_cli.report.figures import Bar, Grid, Line, Point, Scale
 from align_cli.statistics import Interval
@@ -483,6 +484,14 @@ def test_the_page_lies_in_the_folder_and_may_be_made_again(tmp_path: Path, capsy
     for _ in range(2):
         assert align("report", str(run)) == exits.DONE
         assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    (tmp_path / "results.json").touch()
+    assert align("report", str(tmp_path)) == exits.DONE
+    assert capsys.readouterr().out == f"{tmp_path / 'runs.html'}\n"
+
+
+def test_completion_knows_options_and_figures() -> None:
+    assert complete("align report out") == ["out="]
+    assert complete("align report metric=loss") == ["metric=loss/last"]
 
 
 def test_it_starts_without_heavy_libraries(tmp_path: Path) -> None:

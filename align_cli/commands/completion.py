@@ -38,8 +38,8 @@ def complete(line: str) -> list[str]:
     command = before[1]
     if command == "cache":
         return [name for name in ("ls", "verify", "gc") if len(before) == 2 and name.startswith(word)]
-    if command == "compare":
-        return [name for name in compare_words(word) if name.startswith(word)]
+    if command in ("compare", "report"):
+        return [name for name in words_for(command, word) if name.startswith(word)]
     groups = group_names()
     if command in ("show", "cp", "ls"):
         known = {**groups, "recipes": list(recipe.names())}
@@ -58,16 +58,17 @@ def complete(line: str) -> list[str]:
     return [f"{name}=" for name in [*groups, *keys()] if name.startswith(word)]
 
 
-def compare_words(word: str) -> list[str]:
-    """Options, the usual figures, and the folders that a word may become."""
-    from align_cli.commands.compare import OPTIONS
+def words_for(command: str, word: str) -> list[str]:
+    """Options of compare or report, the usual figures, and the folders that a word may become."""
+    from align_cli.commands import compare, report
     from align_cli.comparison import METRICS
 
+    options = {"compare": compare.OPTIONS, "report": report.OPTIONS}[command]
     done, comma, _ = word.rpartition(",")
     figures = [f"{done}{comma}{name}" if comma else f"metric={name}" for name in METRICS]
     above = Path(word.rpartition("/")[0] or ("/" if word.startswith("/") else "."))
     folders = sorted(path for path in above.glob("*") if path.is_dir() and not path.name.startswith("."))
-    return [*OPTIONS, *(figures if word.startswith("metric=") else []), *map(str, folders)]
+    return [*options, *(figures if word.startswith("metric=") else []), *map(str, folders)]
 
 
 def keys() -> list[str]:

@@ -13,6 +13,7 @@ from align_cli.report.content import Content
 
 OPTIONS = ("out=", "metric=")
 PAGE = "report.html"
+OF_RUNS, RESULTS = "runs.html", "results.json"  # a reproduction's folder has the latter, and a page of its own
 WHOLE = 64  # runs whose courses are all read
 HEAD = 1024  # bytes of a file that tell whether it is a page of ours
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> int:
         usage="align report RUN_OR_SWEEP ... [out=FILE] [metric=NAME]",
         description="Write a page about a run or several: verdicts, curves, heat maps, samples, and what was run. It "
         "is one HTML file, and needs no network.",
-        epilog=f"Without out= it is {PAGE} in the folder that is given. metric= is a name of summary.json by which "
+        epilog=f"Without out= it is {PAGE} in the folder that is given, {OF_RUNS} in one of align reproduce. metric= is a name of summary.json by which "
         f"several runs are compared; without it that of {', '.join(comparison.METRICS)} which most of them have.",
         allow_abbrev=False,
     )
@@ -86,7 +87,8 @@ def _where(folders: Sequence[str], out: str | None) -> Path:
     """
     if out is None and len(folders) > 1:
         raise UserError(f"{len(folders)} folders are given; out=FILE says where their page goes.")
-    path = Path(folders[0], PAGE) if out is None else Path(out)
+    usual = OF_RUNS if Path(folders[0], RESULTS).is_file() else PAGE
+    path = Path(folders[0], usual) if out is None else Path(out)
     if path.is_dir():
         raise UserError(f"out={path} is a folder; a file in it, such as out={path / PAGE}, would be right.")
     if not path.parent.is_dir():

@@ -250,7 +250,7 @@ def heat(
     values = [value for row in grid.values for value in row if math.isfinite(value)]
     low, high = bounds or ((min(values), max(values)) if values else (0.0, 1.0))
     rows, columns = len(grid.rows), len(grid.columns)
-    texts = numbers([value for line in grid.values for value in line], signed=centre is not None)
+    texts = numbers([*(value for line in grid.values for value in line), low, high], signed=centre is not None)
     cell = min(80, max(46, 300 // max(1, columns)))
     with _figure(title, 92 + cell * columns, 78 + 40 * rows) as (_, place, out):
         for row, line in enumerate(grid.values):
