@@ -41,6 +41,7 @@ class Expectation:
 
     claim: NotEmpty
     figure: NotEmpty
+    since: NotEmpty | None
     of: NotEmpty | None
     less: NotEmpty | None
     over: list[NotEmpty] | None
@@ -48,6 +49,11 @@ class Expectation:
     source: NotEmpty
     scale: Literal["tiny", "paper", "both"]
     wanted: Range | Trend | None
+
+    @property
+    def figures(self) -> list[str]:
+        """The figures that it reads of each run."""
+        return [self.figure] if self.since is None else [self.figure, self.since]
 
     @property
     def runs(self) -> list[str]:
@@ -473,6 +479,8 @@ def _expectation(node: Any, where: str, scales: Mapping[str, Scale], problems: l
         problems.append(f"{where}: over: [RUN, ...] and is: rising or falling belong together.")
     if found.over is not None and (found.of or found.less or len(found.over) < 2):
         problems.append(f"{where}.over: two or more runs, without of and less, would be right.")
+    if found.since is not None and any(s.study is not None for name, s in scales.items() if found.at(name)):
+        problems.append(f"{where}.since: it is of runs; a study gives the figure that is meant.")
     if found.less is not None and found.of is None:
         problems.append(f"{where}.less: of which run it is taken, of: RUN says.")
     if trend and found.kind == "exact":
@@ -576,12 +584,13 @@ def _unwritten(recipe: Recipe, scale: Scale, found: "Mapping[str, Experiment]") 
         return _not_in_study(recipe, scale.study, scale.name)
     written = {name: [*summaries.names(each), *_of_evaluations(scale)] for name, each in found.items()}
     return [
-        f"expect[{place}].figure={each.figure}: {run} writes no such figure at scale {scale.name}."
-        f"{config.did_you_mean(each.figure, written[run])}"
+        f"expect[{place}]: {figure}: {run} writes no such figure at scale {scale.name}."
+        f"{config.did_you_mean(figure, written[run])}"
         for place, each in enumerate(recipe.expect)
         if each.at(scale.name)
         for run in each.runs
-        if not _among(each.figure, written[run])
+        for figure in each.figures
+        if not _among(figure, written[run])
     ]
 
 

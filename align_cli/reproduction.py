@@ -5,6 +5,7 @@ with it but the jobs that read its result and the verdicts that rest on it.
 """
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -59,12 +60,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A recipe at a scale, with seeds, in a folder."""
+    """A recipe at a scale, with seeds, in a folder.
+
+    Attributes:
+        shared: where runs are that other recipes may have made, or will use; None: in a folder of their own.
+    """
 
     recipe: Recipe
     scale: Scale
     seeds: tuple[int, ...]
     folder: Path
+    shared: Path | None
     experiments: Mapping[str, Experiment]
     config_dirs: tuple[str, ...]
     settings: tuple[str, ...]  # beside the recipe's own: of a shrunken run
@@ -76,7 +82,15 @@ class Reproduction:
 
     def run_dir(self, run: Run, seed: int) -> Path:
         """The directory of one run."""
-        return self.folder / "runs" / run.folder / f"seed={seed}"
+        home = self.folder / "runs" / run.folder if self.shared is None else self.shared / self._shared_name(run)
+        return home / f"seed={seed}"
+
+    def _shared_name(self, run: Run) -> str:
+        """A folder's name that follows from what is computed, whatever the recipe calls it."""
+        tree = self.experiments[run.name].tree
+        read = [self._shared_name(other) for other in self.scale.runs if other.name in run.needs]
+        told = json.dumps([{key: value for key, value in tree.items() if key != "run"}, read], sort_keys=True)
+        return f"{tree['algo']['name']}-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
 
     def study_file(self, seed: int) -> Path:
         """The figures of one seed of the study."""
@@ -120,7 +134,9 @@ def arguments(reproduction: Reproduction, run: Run, seed: int, folder: Path | No
     Args:
         folder: the reproduction's, as the command is to name it; None: as it is.
     """
-    named = reproduction if folder is None else replace(reproduction, folder=folder)
+    named = reproduction
+    if folder is not None:
+        named = replace(reproduction, folder=folder, shared=None if reproduction.shared is None else folder / "runs")
     folders = {other.name: named.run_dir(other, seed) for other in reproduction.scale.runs}
     return [*run.placed(seed, folders, named.run_dir(run, seed)), *reproduction.settings]
 
@@ -333,10 +349,12 @@ def judge(
     seeds = sorted(set.intersection(*(set(each) for each in runs.values())))
     values: dict[int, float] = {}
     for seed in seeds:
-        each = [runs[name][seed].get(name if studied else expectation.figure) for name in names]
-        if not all(isinstance(value, int | float | str) and not isinstance(value, bool) for value in each):
+        read = [[name] if studied else expectation.figures for name in names]
+        each = [[runs[name][seed].get(figure) for figure in of] for name, of in zip(names, read, strict=True)]
+        if not all(isinstance(value, int | float | str) and not isinstance(value, bool) for of in each for value in of):
             continue  # a run leaves out what is infinite, or what its data does not show
-        told = [float(value) for value in each if value is not None]
+        numbers = [[float(value) for value in of if value is not None] for of in each]
+        told = [first - sum(since) for first, *since in numbers]
         values[seed] = claims.slope(told) if expectation.over else told[0] - sum(told[1:])
     wanted = expectation.wanted
     if isinstance(wanted, str):
@@ -381,7 +399,7 @@ def results(
     for job in planned:
         told = runs.setdefault(job.run, {"command": _repeatable(reproduction, job), "seeds": {}})
         told["seeds"][str(job.seed)] = {
-            "dir": job.folder.relative_to(reproduction.folder).as_posix(),
+            "dir": Path(os.path.relpath(job.folder, reproduction.folder)).as_posix(),
             "state": states[job.folder],
             "figures": every[job.run].get(job.seed, {}),
         }

@@ -151,6 +151,7 @@ def described(asked: Asked) -> Reproduction:
         scale=scale,
         seeds=seeds,
         folder=folder,
+        shared=None if asked.folder else HOME / "runs",
         experiments=recipe.composed(loaded, scale.name, asked.config_dirs),
         config_dirs=asked.config_dirs,
         settings=(),
