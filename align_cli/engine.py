@@ -72,8 +72,8 @@ class Optimizer:
     max_grad_norm: Positive | None
 
 
-class Engine(ABC):
-    """A network that trains, on this rank's share of every step."""
+class Measuring:
+    """A network that is measured."""
 
     def __init__(self, network: Network, device: torch.device, *, manner: Manner):
         self.network = network
@@ -86,9 +86,9 @@ class Engine(ABC):
         """Whether a forward pass exchanges weights, so that every rank must call it alike."""
         return False
 
-    @abstractmethod
     def module(self) -> nn.Module:
         """What a forward pass must call."""
+        return self.network
 
     def measure(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The policy's columns, with gradient (`align_cli.models.causal.measure`)."""
@@ -97,6 +97,10 @@ class Engine(ABC):
             self.largest = tokens
             process.trim()
         return measure(self.module(), batch, self.manner)
+
+
+class Engine(Measuring, ABC):
+    """A network that trains, on this rank's share of every step."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -171,9 +175,6 @@ class TorchEngine(Engine):
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.register_post_accumulate_grad_hook(partial(self._collect, self.masters[name]))
-
-    def module(self) -> nn.Module:
-        return self.network
 
     @staticmethod
     def _collect(master: nn.Parameter, parameter: Tensor) -> None:

@@ -1,9 +1,10 @@
 """Held-out evaluation: of the loss, of the policy's samples, and of responses that a program can judge."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align_cli import distributed
-from align_cli.data.batches import Measured, split
-from align_cli.data.store import Store
+from align_cli.data.batches import Measured, Part, split
+from align_cli.data.store import Group, Store
 from align_cli.diversity import distinct, self_bleu
-from align_cli.engine import Engine
+from align_cli.engine import Engine, Measuring
 from align_cli.generation import sample, stops
 from align_cli.method import Meter, Method
 from align_cli.normaliser import LogZ
@@ -153,21 +154,37 @@ def flat(name: str, interval: Interval) -> dict[str, float]:
 
 
 @torch.no_grad()
+def measured_parts(engine: Measuring, method: Method, groups: Sequence[Group]) -> Iterator[tuple[Part, dict[str, Any]]]:
+    """Each micro-batch of this rank's share of some groups, with all its columns; every rank iterates alike."""
+    places = range(len(groups))
+    budget = method.experiment.engine.micro_tokens
+    parts = split(places, engine.manner.lengths(Measured.of(groups)), ranks=distributed.world(), budget=budget)
+    mine = parts[distributed.rank()]
+    method.begin(groups)
+    batches = [engine.manner.flatten([groups[place] for place in p.groups], counted=p.counted) for p in mine]
+    for part, columns_of in zip(mine, method.columns(engine, batches), strict=True):
+        yield part, method.measured(engine, columns_of)
+
+
+def figures_of_each(method: Method, filled: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The metrics of each group of a micro-batch by itself; infinite ones are left out."""
+    found: list[dict[str, float]] = []
+    for place in range(len(filled["lengths"])):
+        own = {name: value[place : place + 1] for name, value in filled.items() if isinstance(value, torch.Tensor)}
+        pairs = {name: (float(total), float(count)) for name, (total, count) in method.metrics(own).items()}
+        means = {name: total / count for name, (total, count) in pairs.items() if count > 0}
+        found.append({name: mean for name, mean in means.items() if math.isfinite(mean)})
+    return found
+
+
+@torch.no_grad()
 def evaluate_loss(engine: Engine, method: Method, store: Store) -> dict[str, float]:
     """The loss and all metrics on the first `eval.groups` held-out groups; every rank calls it."""
-    experiment = method.experiment
-    chosen = tuple(range(min(experiment.eval.groups, len(store))))
-    if not chosen:
+    groups = [store[index] for index in range(min(method.experiment.eval.groups, len(store)))]
+    if not groups:
         return {}
-    parts = split(
-        chosen, engine.manner.lengths(store), ranks=distributed.world(), budget=experiment.engine.micro_tokens
-    )
-    method.begin(store[index] for index in chosen)
     meter = Meter()
-    for part in parts[distributed.rank()]:
-        batch = engine.manner.flatten([store[index] for index in part.groups], counted=part.counted)
-        (columns_of,) = method.columns(engine, [batch])
-        filled = method.measured(engine, columns_of)
+    for part, filled in measured_parts(engine, method, groups):
         if part.counted:
             meter.add({"loss": (method.elements(filled).sum(), method.size(filled))} | method.metrics(filled))
     return meter.read()
@@ -196,15 +213,9 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
     drawn = sampler.draw(asked, seed, samples=experiment.eval.samples, temperature=temperature)
     sampler.spent.clear()
     apart = replace(method, producers={**method.producers, "log_z": LogZ(experiment.normaliser)})
-    places = range(len(drawn))
-    lengths = engine.manner.lengths(Measured.of(drawn))
-    parts = split(places, lengths, ranks=distributed.world(), budget=experiment.engine.micro_tokens)
-    mine = parts[distributed.rank()]
-    batches = [engine.manner.flatten([drawn[index] for index in p.groups], counted=p.counted) for p in mine]
     meter, weights = Meter(), list[float]()  # log p/π of each sample
-    for columns_of in apart.columns(engine, batches):
-        filled = apart.measured(engine, columns_of)
-        if columns_of["batch"].counted:
+    for part, filled in measured_parts(engine, apart, drawn):
+        if part.counted:
             meter.add(apart.metrics(filled))
             if "target" in filled:
                 weights += (filled["target"] - filled["policy"] - filled["log_z"][:, None]).flatten().tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 from align_cli import columns, distributed
 from align_cli.data.batches import MicroBatch, Minibatch
 from align_cli.data.store import Group
-from align_cli.engine import Engine
+from align_cli.engine import Engine, Measuring
 from align_cli.experiment import Experiment
 from align_cli.metrics import (
     Metrics,
@@ -71,7 +71,7 @@ class Method:
     made: tuple[str, ...]
 
     @torch.no_grad()
-    def columns(self, engine: Engine, batches: Sequence[MicroBatch]) -> list[dict[str, Any]]:
+    def columns(self, engine: Measuring, batches: Sequence[MicroBatch]) -> list[dict[str, Any]]:
         """The columns of each micro-batch of a step, without the policy's own; every rank calls it.
 
         They are made one by one for the whole step, so that a producer may look at all of it.
@@ -94,7 +94,7 @@ class Method:
                 each[name] = columns.evaluate(self.producers[name], each)
         return filled
 
-    def measured(self, engine: Engine, filled: Mapping[str, Any]) -> dict[str, Any]:
+    def measured(self, engine: Measuring, filled: Mapping[str, Any]) -> dict[str, Any]:
         """All columns of a micro-batch, the policy's with gradient.
 
         Responses that were sampled for the only update of this step come from the policy as it is: their probability

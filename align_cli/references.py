@@ -23,7 +23,7 @@ from align_cli import distributed, paths
 from align_cli.cache import MISSING, OWN, Figures, Folder, Names, file_digest, names_of
 from align_cli.data.batches import Measured, MicroBatch, split
 from align_cli.data.store import Group, Store
-from align_cli.engine import Engine
+from align_cli.engine import Engine, Measuring
 from align_cli.models.adapters import switched_off
 from align_cli.models.causal import Manner, measure
 
@@ -305,7 +305,7 @@ class MismatchKL:
     over these pairs, not below 0, is the estimate (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
     """
 
-    def __init__(self, engine: Engine, reference: Callable[[MicroBatch], Tensor], *, budget: int) -> None:
+    def __init__(self, engine: Measuring, reference: Callable[[MicroBatch], Tensor], *, budget: int) -> None:
         self.engine = engine
         self.reference = reference
         self.budget = budget

@@ -77,6 +77,28 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(observed.mean().item(), low, high)
 
 
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
+    """Σ numerators / Σ denominators with its percentile bootstrap interval over the pairs, as for a mean over tokens.
+
+    Args:
+        numerators, denominators: (n,) of the same items, n >= 1; denominators are positive.
+
+    Raises:
+        ValueError: no items.
+    """
+    import torch  # here, so that a command which compares runs starts without it
+
+    if not numerators:
+        raise ValueError("no values to average; expected at least one.")
+    observed = torch.tensor([numerators, denominators], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(len(numerators))
+    drawn = torch.randint(len(numerators), (RESAMPLES, len(numerators)), generator=generator)
+    sums = observed[:, drawn].sum(-1)
+    low, high = (sums[0] / sums[1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    total, size = observed.sum(-1).tolist()
+    return Interval(total / size, low, high)
+
+
 def paired(values: Sequence[float], others: Sequence[float]) -> Interval:
     """mean(values) - mean(others) with the bootstrap interval over pairs, of which one part is never drawn alone.
 

@@ -26,6 +26,7 @@ from align_cli.data.batches import Measured, split
 from align_cli.data.records import Message, Record, RowError
 from align_cli.data.store import Group
 from align_cli.data.tokens import Template
+from align_cli.engine import Measuring
 from align_cli.errors import UserError
 from align_cli.models import adapters, causal, scalar
 from align_cli.models.causal import Manner, Model
@@ -177,6 +178,11 @@ class Subject:
             network = adapters.merged(network, self.path)
         return network.to(self.device).eval()  # pyright: ignore[reportArgumentType]
 
+    @property
+    def measuring(self) -> Measuring:
+        """The model with how it is measured."""
+        return Measuring(self.model, self.device, manner=self.manner)
+
     @cached_property
     def manner(self) -> Manner:
         """How it is measured."""
@@ -189,6 +195,14 @@ class Subject:
             device=self.device,
             scalar="scores" if self.is_reward_model else None,
         )
+
+    def refuse_other_tokens(self, other: "Subject", key: str) -> None:
+        """Refuse another model, named by `key`, for which the same token ids mean something else."""
+        if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"{key}={other.name}: its tokenizer has other tokens than that of {self.name}; the same token ids "
+                "would mean something else to it. A model of the same family would be right."
+            )
 
     # --- what it reads
 
@@ -281,11 +295,32 @@ class Subject:
         Raises:
             UserError: a prompt cannot be written, or is too long for the model.
         """
+        ids = [each.tolist() for each in self.encode(prompts)]
+        stops = [self.template(prompt).stop for prompt in prompts[:1]]
+        drawn = self.draw(
+            ids, samples=samples, temperature=temperature, max_new_tokens=max_new_tokens, stop=stop, stops=stops
+        )
+        return [self._texts(prompt, found, stop) for prompt, found in zip(ids, drawn, strict=True)]
+
+    def draw(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        samples: int,
+        temperature: float,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        stops: Sequence[int],
+    ) -> list[list[Response]]:
+        """`sample` for prompts that are token ids already.
+
+        Args:
+            stops: tokens that end a response beside those that the model names.
+        """
         if self.is_reward_model:
             raise UserError(f"{self.name}: a reward model, which writes no responses. A language model would be right.")
         wanted = 1 if temperature == 0 else samples
-        ids = [each.tolist() for each in self.encode(prompts)]
-        longest = max(map(len, ids), default=0) + max_new_tokens
+        longest = max(map(len, prompts), default=0) + max_new_tokens
         self._refuse_long(longest, f"a prompt with max_new_tokens={max_new_tokens}")
         sampling = Sampling(
             temperature=temperature,
@@ -295,18 +330,14 @@ class Subject:
             numerics=self.numerics,
         )
         kept = Responses(paths.cache() / "responses", self.digest, sampling)
-        names = [digest_of(each) for each in ids]
-        self._generate(kept, dict(zip(names, ids, strict=True)), wanted, sampling, self._ends(prompts))
-        found = [self._read(kept, name, prompt, wanted, stop) for name, prompt in zip(names, ids, strict=True)]
-        return [drawn * samples if wanted == 1 else drawn for drawn in found]
-
-    def _ends(self, prompts: Sequence[Prompt]) -> list[int]:
-        """The tokens that end a response."""
-        stops = [self.template(prompt).stop for prompt in prompts[:1]]
-        return list(dict.fromkeys([*stops, *generation.stops(self.model, self.tokenizer)]))
+        names = [digest_of(each) for each in prompts]
+        self._generate(kept, dict(zip(names, prompts, strict=True)), wanted, sampling, stops)
+        found = [[kept.find(name, number) for number in range(wanted)] for name in names]
+        whole = [[each for each in drawn if each is not None] for drawn in found]
+        return [drawn * samples if wanted == 1 else drawn for drawn in whole]
 
     def _generate(
-        self, kept: Responses, prompts: Mapping[str, list[int]], wanted: int, sampling: Sampling, eos_ids: list[int]
+        self, kept: Responses, prompts: Mapping[str, list[int]], wanted: int, sampling: Sampling, stops: Sequence[int]
     ) -> None:
         """Have the first `wanted` responses to each prompt, by name."""
         lacking: dict[int, list[str]] = {}  # how many there are -> the prompts that have so many
@@ -314,6 +345,9 @@ class Subject:
             there = next((number for number in range(wanted) if kept.find(name, number) is None), wanted)
             if there < wanted:
                 lacking.setdefault(there, []).append(name)
+        if not lacking:
+            return
+        eos_ids = list(dict.fromkeys([*stops, *generation.stops(self.model, self.tokenizer)]))
         of = sum(len(names) for names in lacking.values())
         done = 0
         with terminal.counter() as progress:
@@ -358,17 +392,26 @@ class Subject:
             yield [(places[index], [_response(each) for each in found]) for index, found in drawn]
             start = places.stop
 
-    def _read(
-        self, kept: Responses, name: str, prompt: Sequence[int], wanted: int, stop: Sequence[str]
-    ) -> list[Sample]:
-        """The first `wanted` responses to a prompt as text."""
-        found = [each for number in range(wanted) if (each := kept.find(name, number)) is not None]
+    def _texts(self, prompt: Sequence[int], found: Sequence[Response], stop: Sequence[str]) -> list[Sample]:
+        """Responses to a prompt as text."""
         # Behind the end of the prompt: some tokenizers take the first space off whatever they decode.
         behind = list(prompt[-CONTEXT:])
         told = [behind, *([*behind, *each.tokens] for each in found)]
         asked, *whole = self.tokenizer.batch_decode(told, skip_special_tokens=True)
         texts = [text.removeprefix(asked) for text in whole]
         return [_cut(text, each, stop) for text, each in zip(texts, found, strict=True)]
+
+    def room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+        """The most new tokens of a response, where the model's positions leave fewer than is asked for."""
+        if self.positions is None:
+            return max_new_tokens
+        left = self.positions - max(map(len, prompts), default=0)
+        if left < 1:
+            raise UserError(
+                f"{self.name}: a prompt has {self.positions - left} tokens, the model {self.positions} positions; "
+                "data.max_length drops or shortens prompts that leave no room."
+            )
+        return min(max_new_tokens, left)
 
     # --- what it says of given responses
 

@@ -1,0 +1,201 @@
+"""Held-out prompts of a run's own data, or of data that the command line names, and samples for them."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from align_cli import config, experiment, rundir
+from align_cli.config import Tree
+from align_cli.data.store import Group
+from align_cli.data.tokens import Template
+from align_cli.errors import UserError
+from align_cli.evals import Training
+from align_cli.experiment import Experiment
+from align_cli.raters import ByModel, ByProgram, Rater
+from align_cli.references import content
+from align_cli.responses import Response
+from align_cli.run import prepare
+from align_cli.sections import RATERS
+from align_cli.subject import BUDGET, Subject, find, start_of
+
+START = "start"  # names the model that a run has started from
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out groups, in the order of the data.
+
+    Attributes:
+        experiment: the run, or what the command line describes; its paths exist here.
+        groups: of the data's own responses, which a run that samples has none of.
+        stop: the token that ends a response as the data's template writes it.
+        digest: of the groups' content.
+    """
+
+    experiment: Experiment
+    groups: list[Group]
+    stop: int
+    digest: str
+
+    @property
+    def made(self) -> dict[str, rundir.Scalar]:
+        """What is said of the data with a result."""
+        data = self.experiment.data
+        return {"data": data.path, "data_digest": self.digest, "template": data.template}
+
+
+def held_out(subject: Subject, training: Training, *, limit: int | None) -> HeldOut:
+    """The held-out groups of the subject's data.
+
+    Raises:
+        UserError: a model that is no run needs data; or nothing is held out.
+    """
+    tree = tree_of(subject, training)
+    prepared = prepare(experiment.read(tree))
+    chosen = [prepared.held_out[index] for index in range(min(len(prepared.held_out), limit or len(prepared.held_out)))]
+    if not chosen:
+        raise UserError(f"data={tree['data']['name']}: no rows are held out; data.held_out=N, or another file.")
+    data = prepared.experiment.data
+    stop = Template(prepared.tokenizer, template=data.template, system=data.system).stop
+    digest = hashlib.blake2b(b"".join(name for group in chosen for name in _names(group)), digest_size=8)
+    return HeldOut(prepared.experiment, chosen, stop, digest.hexdigest())
+
+
+def tree_of(subject: Subject, training: Training) -> Tree:
+    """The configuration that a run was trained by, or that a model's would be, with what the command line names.
+
+    Raises:
+        UserError: a model that is no run needs data.
+    """
+    if subject.config is None:
+        if "data" not in training.sections:
+            raise UserError(
+                f"{subject.name}: a model that is no run has no data of its own; data=file data.path=FILE, or another "
+                "choice of `align ls data`, would be right."
+            )
+        path = config.quoted(subject.base.path)
+        tree = config.compose(
+            "train", ["algo=sft", "model=hf", f"model.path={path}", "data=file", "data.path=none", "run.dir=none"]
+        )
+    else:
+        tree = dict(subject.config)
+    for name, section in training.sections.items():
+        before = tree.get(name) or {}
+        tree[name] = section if "name" in section else {**before, **section}
+    return tree
+
+
+def _names(group: Group) -> list[bytes]:
+    """Digests of what a group holds."""
+    return [group.prompt.tobytes(), *content(group)]
+
+
+def ids(groups: Iterable[Group]) -> list[str]:
+    """A name for each group from its content; one that comes again is numbered."""
+    seen: dict[str, int] = {}
+    found: list[str] = []
+    for group in groups:
+        name = hashlib.blake2b(b"".join(_names(group)), digest_size=8).hexdigest()
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return found
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples for held-out prompts.
+
+    Attributes:
+        groups: the prompts with the samples for responses, in the order of the data.
+        responses: the same samples with what the sampler says of them.
+        texts: of the prompts, without special tokens, and of the samples.
+        max_new_tokens: the longest that a sample could be.
+    """
+
+    groups: list[Group]
+    responses: list[list[Response]]
+    prompts: list[str]
+    texts: list[list[str]]
+    max_new_tokens: int
+
+
+def drawn(subject: Subject, asked: HeldOut, *, samples: int, temperature: float, max_new_tokens: int) -> Drawn:
+    """`samples` responses of the subject to each prompt."""
+    prompts = [group.prompt.tolist() for group in asked.groups]
+    most = subject.room(prompts, max_new_tokens)
+    found = subject.draw(
+        prompts, samples=samples, temperature=temperature, max_new_tokens=most, stop=[], stops=[asked.stop]
+    )
+    groups = [
+        Group(
+            index=group.index,
+            prompt=group.prompt,
+            responses=tuple(np.array(each.tokens, dtype=np.int32) for each in responses),
+            ratings=np.zeros(len(responses), dtype=np.float32),
+            where=group.where,
+        )
+        for group, responses in zip(asked.groups, found, strict=True)
+    ]
+    prompt_texts, texts = written(subject, groups)
+    return Drawn(groups, found, prompt_texts, texts, most)
+
+
+def written(subject: Subject, groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Prompts and responses as text, without special tokens."""
+    decode = subject.tokenizer.batch_decode
+    prompts = decode([group.prompt.tolist() for group in groups], skip_special_tokens=True)
+    responses = [
+        decode([each.tolist() for each in group.responses], skip_special_tokens=True) if group.responses else []
+        for group in groups
+    ]
+    return prompts, responses
+
+
+def start(subject: Subject) -> Subject:
+    """The model that a run has started from.
+
+    Raises:
+        UserError: the subject is no run.
+    """
+    if subject.config is None:
+        raise UserError(f"{subject.name}: no run, so that nothing says what it started from; a model's name is right.")
+    return Subject(START, start_of(subject.config), options=subject.options)
+
+
+def named(subject: Subject, name: str, key: str) -> Subject:
+    """Another run or model, `start` for the one that the subject's run has started from; it has the same tokens."""
+    other = start(subject) if name == START else find(name, subject.options)
+    subject.refuse_other_tokens(other, key)
+    return other
+
+
+def rater(subject: Subject, section: Tree) -> Rater:
+    """Who rates the samples: a program of texts, or a reward model.
+
+    Raises:
+        UserError: what is wrong with the section, or the reward model reads other tokens.
+    """
+    if section.get("name") in RATERS:
+        problems = config.check(RATERS[section["name"]], section, "scorer")
+        if problems:
+            raise UserError("\n".join(problems))
+        model = find(section["path"], subject.options)
+        if not model.is_reward_model:
+            raise UserError(f"scorer.path={section['path']}: no reward model; algo=bradley_terry makes one.")
+        subject.refuse_other_tokens(model, "scorer.path")
+        return ByModel(model.model, model.manner, model.device, BUDGET)
+    function = config.find("align_cli.scorers", str(section.get("name")), "scorer")
+    options = {key: value for key, value in section.items() if key != "name"}
+    problems = config.check(function, options, "scorer")
+    if problems:
+        raise UserError("\n".join(problems))
+    return ByProgram(config.build(function, options), subject.tokenizer)
+
+
+def tell_cut(responses: Iterable[Sequence[Response]]) -> list[str]:
+    """A note on the responses that did not end by themselves."""
+    every = [each for drawn in responses for each in drawn]
+    cut = sum(not each.ended for each in every)
+    return [f"{cut} of {len(every)} responses did not end within max_new_tokens"] if cut else []
