@@ -1,7 +1,9 @@
 """How much samples differ from each other, how long they are, and whether they end."""
 
+from statistics import fmean
+
+from align_cli.diversity import distinct, self_bleu
 from align_cli.evals import Item, Result, Training, prompts
-from align_cli.evaluate import distinct
 from align_cli.ranges import Count, Positive
 from align_cli.subject import Subject
 
@@ -17,7 +19,7 @@ def diversity(
     temperature: Positive,
     max_new_tokens: Count,
 ) -> Result:
-    """Of samples for held-out prompts: distinct n-grams within a prompt's and over all, length, share that ended.
+    """Of samples for held-out prompts: different n-grams among a prompt's and among all, self-BLEU, length, ending.
 
     Args:
         limit: at most so many held-out prompts.
@@ -32,6 +34,8 @@ def diversity(
         prompts.ids(asked.groups), found.prompts, found.texts, found.responses, strict=True
     ):
         values = {f"distinct_{n}_of_a_prompt": distinct(texts, n) for n in GRAMS}
+        if samples > 1:
+            values["self_bleu"] = fmean(self_bleu(texts))
         values["tokens"] = sum(len(each.tokens) for each in drawn) / samples
         values["ended"] = sum(each.ended for each in drawn) / samples
         items.append(Item(name, values, {"prompt": prompt, "responses": texts}))

@@ -13,7 +13,7 @@ from align_cli.data.tokens import Template
 from align_cli.errors import UserError
 from align_cli.evals import Training
 from align_cli.experiment import Experiment
-from align_cli.raters import ByModel, ByProgram, Rater
+from align_cli.raters import ByModel, ByProgram, Ensemble, FromEnsemble, Models, Rater
 from align_cli.references import content
 from align_cli.responses import Response
 from align_cli.run import prepare
@@ -172,26 +172,37 @@ def named(subject: Subject, name: str, key: str) -> Subject:
 
 
 def rater(subject: Subject, section: Tree) -> Rater:
-    """Who rates the samples: a program of texts, or a reward model.
+    """Who rates the samples: a program of texts, a reward model, or several.
 
     Raises:
-        UserError: what is wrong with the section, or the reward model reads other tokens.
+        UserError: what is wrong with the section, or a reward model reads other tokens.
     """
-    if section.get("name") in RATERS:
-        problems = config.check(RATERS[section["name"]], section, "scorer")
-        if problems:
-            raise UserError("\n".join(problems))
-        model = find(section["path"], subject.options)
-        if not model.is_reward_model:
-            raise UserError(f"scorer.path={section['path']}: no reward model; algo=bradley_terry makes one.")
-        subject.refuse_other_tokens(model, "scorer.path")
-        return ByModel(model.model, model.manner, model.device, BUDGET)
-    function = config.find("align_cli.scorers", str(section.get("name")), "scorer")
-    options = {key: value for key, value in section.items() if key != "name"}
-    problems = config.check(function, options, "scorer")
+    name = str(section.get("name"))
+    made = RATERS.get(name) or config.find("align_cli.scorers", name, "scorer")
+    options = section if name in RATERS else {key: value for key, value in section.items() if key != "name"}
+    problems = config.check(made, options, "scorer")
     if problems:
         raise UserError("\n".join(problems))
-    return ByProgram(config.build(function, options), subject.tokenizer)
+    scorer = config.build(made, options)
+    if not isinstance(scorer, Models):
+        return ByProgram(scorer, subject.tokenizer)
+    members = [_reward_model(subject, path) for path in scorer.paths]
+    if not isinstance(scorer, FromEnsemble):
+        return members[0]
+    return Ensemble(members, scorer.aggregate, scorer.caution)
+
+
+def _reward_model(subject: Subject, path: str) -> Rater:
+    model = find(path, subject.options)
+    if not model.is_reward_model:
+        raise UserError(f"scorer: {path} is no reward model; algo=bradley_terry makes one.")
+    subject.refuse_other_tokens(model, "scorer")
+    return ByModel(model.model, model.manner, model.device, BUDGET, visits=False)
+
+
+def rated(rate: Rater, groups: Sequence[Group]) -> list[list[float] | None]:
+    """The ratings of each group's responses; None where one has none."""
+    return [each.ratings.astype(np.float64).tolist() if isinstance(each, Group) else None for each in rate(groups)]
 
 
 def tell_cut(responses: Iterable[Sequence[Response]]) -> list[str]:

@@ -1,6 +1,7 @@
 """How good samples are, by a program or a reward model, and how often they beat those of another model."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -10,7 +11,6 @@ from align_cli.errors import UserError
 from align_cli.evals import Item, Result, Training, prompts
 from align_cli.evals.prompts import HeldOut
 from align_cli.ranges import Count, NonNegative, NotEmpty
-from align_cli.raters import Rater
 from align_cli.subject import Subject
 
 DATA = "data"  # names the best of the data's own responses
@@ -45,30 +45,34 @@ def reward(
     rate = prompts.rater(subject, section)
     common = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     ours = prompts.drawn(subject, asked, samples=samples, temperature=temperature, max_new_tokens=max_new_tokens)
-    scores = [each.astype(np.float64) for each in rate(ours.groups)]
     notes = prompts.tell_cut(ours.responses)
-    values = [{"score": float(each.mean())} for each in scores]
-    shown = [
-        {"prompt": prompt, "responses": texts, "scores": of.tolist()}
-        for prompt, texts, of in zip(ours.prompts, ours.texts, scores, strict=True)
-    ]
+    theirs: list[Group] = []
     if baseline is not None:
         theirs, told = _baseline(subject, asked, baseline, samples, temperature, max_new_tokens)
-        their_scores = _rated(rate, theirs)
         notes += told
-        texts = prompts.written(subject, theirs)[1]
-        for place, (own, other) in enumerate(zip(scores, their_scores, strict=True)):
-            values[place] |= {"win_rate": wins(own, other), "score_baseline": float(other.mean())}
-            shown[place] |= {"baseline": texts[place], "scores_baseline": other.tolist()}
+    scores = prompts.rated(rate, ours.groups)
+    others = prompts.rated(rate, theirs) if theirs else [[]] * len(scores)
+    texts = prompts.written(subject, theirs)[1] if theirs else [[]] * len(scores)
+    rows = zip(prompts.ids(asked.groups), ours.prompts, ours.texts, scores, texts, others, strict=True)
+    items = [_item(name, *row) for name, *row in rows if None not in row]
+    if len(items) < len(scores):
+        notes.append(f"{len(scores) - len(items)} of {len(scores)} prompts are left out: a response got no score")
     scorer = ", ".join(f"{key}={value}" for key, value in section.items())
-    return Result(
-        [Item(*each) for each in zip(prompts.ids(asked.groups), values, shown, strict=True)],
-        made={**asked.made, **common, "scorer": scorer, "baseline": baseline},
-        notes=notes,
-    )
+    return Result(items, made={**asked.made, **common, "scorer": scorer, "baseline": baseline}, notes=notes)
 
 
-def wins(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
+def _item(
+    name: str, prompt: str, texts: list[str], scores: list[float], their_texts: list[str], theirs: list[float]
+) -> Item:
+    """What was found of one prompt; without a baseline, its texts and scores are empty."""
+    values, shown = {"score": fmean(scores)}, {"prompt": prompt, "responses": texts, "scores": scores}
+    if theirs:
+        values |= {"win_rate": wins(scores, theirs), "score_baseline": fmean(theirs)}
+        shown |= {"baseline": their_texts, "scores_baseline": theirs}
+    return Item(name, values, shown)
+
+
+def wins(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The share of pairs, one of each side, that ours wins; a tie is half a win."""
     difference = np.subtract.outer(np.asarray(ours), np.asarray(theirs))
     return float(np.mean((difference > 0) + 0.5 * (difference == 0)))
@@ -89,10 +93,6 @@ def scorer_of(subject: Subject, asked: HeldOut, training: Training) -> Tree:
         "nothing says how good a response is: scorer=model scorer.path=REWARD_MODEL, or a program such as "
         "scorer=matches scorer.pattern=REGEX, would be right."
     )
-
-
-def _rated(rate: Rater, groups: Sequence[Group]) -> list[np.ndarray]:
-    return [each.astype(np.float64) for each in rate(groups)]
 
 
 def _baseline(
