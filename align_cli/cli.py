@@ -27,6 +27,7 @@ USAGE = """align: language-model alignment experiments
   align report RUN_OR_SWEEP ...      a page with curves, heat maps, samples and verdicts, in one HTML file
   align reproduce NAME|--list        a table or figure of a paper: its runs, measured, held against what it claims
   align study NAME [seed=N]          one seed of a study on an enumerable model
+  align verify [ALGO ...]            algorithms held against what their papers prove; a plugin's, too
   align export RUN DEST              a run's model as a Hugging Face folder, adapters merged
   align cache ls|verify|gc           what is kept on disk; recompute a sample of it; remove what is not used
   align doctor                       versions, devices, what works here

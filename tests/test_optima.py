@@ -1,7 +1,7 @@
 """Each algorithm, optimised exactly, arrives where its paper proves.
 
-The world is `enumerable`: 27 sequences of three tokens, or 512 of a vocabulary of eight, a reference μ and rewards r of
-every sequence. A policy is a table, so that nothing but the loss decides where it ends.
+The world has 27 sequences of three tokens, or 512 of a vocabulary of eight, a reference μ and rewards r of every
+sequence. A policy is a table (`align_cli.verify.tables`), so that nothing but the loss decides where it ends.
 """
 
 import math
@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from enumerable import candidates, log_probabilities, optimise, random_parts, tables_of, tuples
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -26,6 +25,7 @@ from align_cli.losses.nca import nca
 from align_cli.losses.robust_dpo import robust_dpo
 from align_cli.losses.sft import sft
 from align_cli.preferences import gap
+from align_cli.verify.tables import candidates, log_probabilities, optimise, random_parts, tables_of, tuples
 
 KWise = Callable[..., Tensor]
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from enumerable import candidates, random_parts
 from safetensors.torch import load_file
 from small_runs import align, build_model, largest_difference, overrides, read, summary, weights, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +26,7 @@ from align_cli.normaliser import LogZ
 from align_cli.raters import ByProgram, Unrated, Within
 from align_cli.sources import FromPolicy, Rollout, Sampler
 from align_cli.tracking import read_metrics
+from align_cli.verify.tables import candidates, random_parts
 
 
 @pytest.fixture(scope="module")

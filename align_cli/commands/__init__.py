@@ -16,5 +16,6 @@ COMMANDS = {
     "report": "report",
     "reproduce": "reproduce",
     "study": "study",
+    "verify": "verify",
     "doctor": "doctor",
 }

@@ -7,9 +7,12 @@ The margin m Δ is that of Llama 2 (Touvron et al., arXiv 2307.09288, eq. 2), he
 responses are rated; the second term, which centres scores around 0, that of Eisenstein et al., arXiv 2312.09244.
 """
 
+from typing import Literal
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from align_cli.optima import least_squares, share
 from align_cli.preferences import gap
 from align_cli.ranges import NonNegative
 
@@ -39,3 +42,11 @@ def bradley_terry(
     right = logsigmoid(gap(scores) - asked)
     together = scores[..., :, None] + scores[..., None, :]
     return (pairs * (centering * together.square() - right)).sum((-2, -1))
+
+
+def optimum(pairs: Tensor, *, centering: Literal[0], margin: Literal[0]) -> Tensor:
+    """Scores whose differences are the log-odds of the comparisons; (B, K).
+
+    Bradley and Terry (1952); arXiv 2203.02155, eq. 1
+    """
+    return least_squares(share(pairs).logit(), pairs)

@@ -11,6 +11,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from align_cli.optima import least_squares, share
 from align_cli.preferences import gap
 from align_cli.ranges import BelowHalf, Positive
 
@@ -39,3 +40,12 @@ def cdpo(policy: Tensor, reference: Tensor, pairs: Tensor, *, beta: Positive, la
 def at_reference(pairs: Tensor) -> Tensor:
     """log 2 for every prompt that has a pair; (B,)."""
     return math.log(2) * pairs.sum((-2, -1))
+
+
+def optimum(reference: Tensor, pairs: Tensor, *, beta: Positive, label_smoothing: BelowHalf) -> Tensor:
+    """σ of a margin is the smoothed share of the comparisons that a response wins, (1 − ε) p + ε (1 − p).
+
+    Mitchell's note of 2023: the gradient is 0 where σ(z) is the smoothed label
+    """
+    smoothed = label_smoothing + (1 - 2 * label_smoothing) * share(pairs)
+    return reference + least_squares(smoothed.logit(), pairs) / beta

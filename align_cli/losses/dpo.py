@@ -10,6 +10,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from align_cli.optima import least_squares, share
 from align_cli.preferences import gap
 from align_cli.ranges import Positive
 
@@ -37,3 +38,12 @@ def dpo(policy: Tensor, reference: Tensor, pairs: Tensor, *, beta: Positive) -> 
 def at_reference(pairs: Tensor) -> Tensor:
     """log 2 for every prompt that has a pair; (B,)."""
     return math.log(2) * pairs.sum((-2, -1))
+
+
+def optimum(reference: Tensor, pairs: Tensor, *, beta: Positive) -> Tensor:
+    """σ of a margin is the share of the comparisons that a response wins: π ∝ π_ref exp(r/β) if they follow
+    Bradley and Terry's r.
+
+    arXiv 2305.18290, eq. 4 to 7
+    """
+    return reference + least_squares(share(pairs).logit(), pairs) / beta

@@ -40,3 +40,11 @@ def exo(policy: Tensor, reference: Tensor, rewards: Tensor, *, alpha: Positive, 
 def at_reference(rewards: Tensor, *, alpha: Positive) -> Tensor:
     """−log K − 1/K Σ_k log q_k; (B,)."""
     return -math.log(rewards.shape[-1]) - log_softmax(rewards / alpha, dim=-1).mean(-1)
+
+
+def optimum(reference: Tensor, rewards: Tensor, *, alpha: Positive, beta: Positive) -> Tensor:
+    """π ∝ π_ref exp(r/(αβ)), whichever responses are seen.
+
+    arXiv 2402.00856: where its divergence is 0
+    """
+    return reference + rewards / (alpha * beta)

@@ -9,12 +9,16 @@ a straight line. "Reverse KL" names the regulariser: it gives DPO itself. The ma
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from align_cli.divergences import Divergence
+from align_cli.optima import least_squares, root, share
 from align_cli.preferences import gap
 from align_cli.ranges import Positive
+
+FAR = 100.0  # nats between policy and reference that no reward asks for
 
 
 def f_dpo(policy: Tensor, reference: Tensor, pairs: Tensor, *, beta: Positive, divergence: Divergence) -> Tensor:
@@ -41,3 +45,22 @@ def f_dpo(policy: Tensor, reference: Tensor, pairs: Tensor, *, beta: Positive, d
 def at_reference(pairs: Tensor) -> Tensor:
     """log 2 for every prompt that has a pair, under every divergence; (B,)."""
     return math.log(2) * pairs.sum((-2, -1))
+
+
+def optimum(reference: Tensor, pairs: Tensor, *, beta: Positive, divergence: Divergence) -> Tensor:
+    """f′(π/π_ref) = r/β + const, where differences of r are the log-odds of the comparisons.
+
+    arXiv 2309.16240: the optimum of E[r] − β D_f
+    """
+    reward = least_squares(share(pairs).logit(), pairs) / beta
+    mass, slope = reference.logsumexp(-1, keepdim=True), divergence.f_prime
+
+    def log_ratio(shift: Tensor) -> Tensor:
+        return root(lambda ratio: slope(ratio) - reward - shift, -FAR * one, FAR * one)
+
+    def excess(shift: Tensor) -> Tensor:
+        return (reference + log_ratio(shift)).logsumexp(-1, keepdim=True) - mass
+
+    one = torch.ones_like(reward)
+    furthest = reward.abs().amax(-1, keepdim=True)
+    return reference + log_ratio(root(excess, -furthest, furthest))

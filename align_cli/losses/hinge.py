@@ -6,6 +6,7 @@ L = max(0, 1 − β log π_θ(y_w|x)/π_ref(y_w|x) + β log π_θ(y_l|x)/π_ref(
 
 from torch import Tensor
 
+from align_cli.optima import least_squares, share
 from align_cli.preferences import gap
 from align_cli.ranges import Positive
 
@@ -32,3 +33,11 @@ def hinge(policy: Tensor, reference: Tensor, pairs: Tensor, *, beta: Positive) -
 def at_reference(pairs: Tensor) -> Tensor:
     """1 for every prompt that has a pair; (B,)."""
     return pairs.sum((-2, -1))
+
+
+def optimum(reference: Tensor, pairs: Tensor, *, beta: Positive) -> Tensor:
+    """A response that wins most comparisons leads by the margin 1, however often it wins, if none wins all.
+
+    arXiv 2309.06657; p max(0, 1 − z) + (1 − p) max(0, 1 + z) is least at z = sign(p − 1/2)
+    """
+    return reference + least_squares((share(pairs) - 0.5).sign(), pairs) / beta

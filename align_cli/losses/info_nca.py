@@ -41,3 +41,11 @@ def at_reference(rewards: Tensor) -> Tensor:
     """log K; (B,)."""
     batch, responses = rewards.shape
     return rewards.new_full((batch,), math.log(responses))
+
+
+def optimum(reference: Tensor, rewards: Tensor, *, alpha: Positive, beta: Positive) -> Tensor:
+    """π ∝ π_ref exp(r/(αβ)), whichever responses are seen.
+
+    arXiv 2402.05369: where its cross-entropy is least
+    """
+    return reference + rewards / (alpha * beta)

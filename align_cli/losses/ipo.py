@@ -9,6 +9,7 @@ length.
 
 from torch import Tensor
 
+from align_cli.optima import least_squares, root, share
 from align_cli.preferences import gap
 from align_cli.ranges import Positive
 
@@ -36,3 +37,19 @@ def ipo(policy: Tensor, reference: Tensor, lengths: Tensor, pairs: Tensor, *, be
 def at_reference(pairs: Tensor, *, beta: Positive) -> Tensor:
     """1/(4β²) for every prompt that has a pair; (B,)."""
     return pairs.sum((-2, -1)) / (4 * beta**2)
+
+
+def optimum(reference: Tensor, lengths: Tensor, pairs: Tensor, *, beta: Positive) -> Tensor:
+    """The gaps of per-token log-ratios are nearest to (2p − 1)/(2β), p being the share of wins.
+
+    arXiv 2310.12036, eq. 17: the solution of its regression
+    """
+    ratio = least_squares((share(pairs) - 0.5) / beta, pairs)
+    mass = reference.logsumexp(-1, keepdim=True)
+
+    # A shift of all per-token ratios changes nothing of the loss; the policy's sum is that of the reference.
+    def excess(shift: Tensor) -> Tensor:
+        return (reference + lengths * (ratio + shift)).logsumexp(-1, keepdim=True) - mass
+
+    furthest = ratio.abs().amax(-1, keepdim=True)
+    return reference + lengths * (ratio + root(excess, -furthest, furthest))

@@ -6,6 +6,8 @@ z, the point of reference, is the KL of policy and reference, estimated from pro
 together, without gradient, at least 0.
 """
 
+import math
+
 from torch import Tensor, where
 
 from align_cli.ranges import NonNegative, Positive
@@ -49,3 +51,13 @@ def at_reference(rewards: Tensor, *, threshold: float, desirable: NonNegative, u
     """The mean over responses of λ_D/2 or λ_U/2, the KL being 0; (B,)."""
     good = (rewards > threshold).to(rewards.dtype).mean(-1)
     return (desirable * good + undesirable * (1 - good)) / 2
+
+
+def optimum(reference: Tensor, rewards: Tensor, *, threshold: float) -> Tensor:
+    """The reference, given that the response is desirable, where β is at most 1 and responses are drawn from it.
+
+    derived from the loss of arXiv 2402.01306: σ is monotone, and σ′(s) exp(−s/β) is alike among what is desirable
+    """
+    desirable = rewards > threshold
+    likelihood = desirable.to(reference.dtype).mean(-1, keepdim=True)
+    return (reference - likelihood.log()).masked_fill(~desirable, -math.inf)

@@ -42,3 +42,12 @@ def nca(policy: Tensor, reference: Tensor, rewards: Tensor, *, alpha: Positive, 
 def at_reference(rewards: Tensor) -> Tensor:
     """2 log 2; (B,)."""
     return rewards.new_full(rewards.shape[:1], 2 * math.log(2))
+
+
+def optimum(reference: Tensor, rewards: Tensor, *, alpha: Positive, beta: Positive) -> Tensor:
+    """β log π/π_ref = log(K w): with β = 1 and responses drawn from the reference, π ∝ π_ref exp(r/α).
+
+    arXiv 2402.05369: where each of its logistic terms is least
+    """
+    density = math.log(rewards.shape[-1]) + rewards.div(alpha).log_softmax(-1)
+    return reference + density / beta

@@ -13,6 +13,7 @@ from align_cli.ranges import NonNegative
 CERTAIN = 1e-7
 """Nats per token. A response that lost less counts as having lost this much: the odds of probability 1 are infinite,
 and the difference of two of them is no number."""
+ROUNDS = 200  # in which the optimum is found: each halves the distance
 
 
 def orpo(policy: Tensor, lengths: Tensor, pairs: Tensor, *, weight: NonNegative) -> Tensor:
@@ -38,3 +39,19 @@ def orpo(policy: Tensor, lengths: Tensor, pairs: Tensor, *, weight: NonNegative)
 def _log1mexp(x: Tensor) -> Tensor:
     """log(1 − e^x) for x < 0, exact near 0."""
     return torch.log(-torch.expm1(x))
+
+
+def optimum(lengths: Tensor, pairs: Tensor, *, weight: NonNegative) -> Tensor:
+    """π_i ∝ a_i/|y_i|, a_i = Σ_j w_ij + λ Σ_j [w_ij σ(o_j − o_i) − w_ji σ(o_i − o_j)]/(1 − P_i): the gradient is 0.
+
+    arXiv 2403.07691, the gradient that the paper derives for its odds ratio, beside that of the likelihood
+    """
+    wins = pairs.sum(-1)
+    policy = (wins / lengths).log().log_softmax(-1)
+    for _ in range(ROUNDS):
+        mean = policy / lengths
+        lost = -gap(mean - _log1mexp(mean.clamp(max=-CERTAIN)))
+        pulled = (pairs * lost.sigmoid() - pairs.mT * (-lost).sigmoid()).sum(-1) / -torch.expm1(mean)
+        again = ((wins + weight * pulled).clamp(min=CERTAIN) / lengths).log().log_softmax(-1)
+        policy = ((policy + again) / 2).log_softmax(-1)
+    return policy

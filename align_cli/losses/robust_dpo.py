@@ -8,6 +8,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from align_cli.optima import least_squares, share
 from align_cli.preferences import gap
 from align_cli.ranges import BelowHalf, Positive
 
@@ -40,3 +41,13 @@ def robust_dpo(
 def at_reference(pairs: Tensor) -> Tensor:
     """log 2 for every prompt that has a pair; (B,)."""
     return math.log(2) * pairs.sum((-2, -1))
+
+
+def optimum(reference: Tensor, pairs: Tensor, *, beta: Positive, label_smoothing: BelowHalf) -> Tensor:
+    """DPO's optimum on what the labels were before a share ε was flipped: σ of a margin is (p − ε)/(1 − 2ε).
+
+    arXiv 2403.00409, the loss without bias
+    """
+    trusted = 1 - 2 * label_smoothing
+    clean = (share(pairs) - label_smoothing) / trusted
+    return reference + least_squares(clean.logit(), pairs) / beta

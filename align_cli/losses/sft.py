@@ -19,3 +19,11 @@ def sft(policy_tokens: Tensor) -> Tensor:
         distribution that the data came from.
     """
     return -policy_tokens
+
+
+def optimum(shares: Tensor) -> Tensor:
+    """The distribution of the data: log of the share of each response in it; (B, K).
+
+    Gibbs' inequality
+    """
+    return shares

@@ -2,11 +2,12 @@ import math
 from types import ModuleType
 
 import torch
-from loss_columns import NO_REWARD, as_reals, gradient, mean_over_single_pairs, one_pair, random_columns
+from loss_columns import NO_REWARD, as_reals, gradient, mean_over_single_pairs, one_pair
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from align_cli.preferences import gap, strict_pairs
+from align_cli.verify.batches import random_columns
 
 PLAIN = {"centering": 0.0, "margin": 0.0}
 

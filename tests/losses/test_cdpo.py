@@ -2,10 +2,11 @@ import math
 from types import ModuleType
 
 import torch
-from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair, random_columns
+from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair
 from torch.testing import assert_close
 
 from align_cli.losses.dpo import dpo
+from align_cli.verify.batches import random_columns
 
 
 def test_value_at_the_reference_is_log_2(loss: ModuleType) -> None:

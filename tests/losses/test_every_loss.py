@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 import torch
 import yaml
-from loss_columns import NO_REWARD, random_columns
+from loss_columns import NO_REWARD
 from pydantic import TypeAdapter
 from torch import Tensor
 from torch.testing import assert_close
@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from align_cli import divergences
 from align_cli.columns import GLOSSARY, POLICY, asked, evaluate
 from align_cli.preferences import strict_pairs
+from align_cli.verify.batches import random_columns
 
 CONF = Path(__file__).parents[2] / "conf"
 HALF_PRECISION_AND_SINGLE = (torch.bfloat16, torch.float32)

@@ -2,8 +2,10 @@ import math
 from types import ModuleType
 
 import torch
-from loss_columns import as_reals, gradient, random_columns
+from loss_columns import as_reals, gradient
 from torch.testing import assert_close
+
+from align_cli.verify.batches import random_columns
 
 # L(z) = q (log q − log(1 − ε)) + (1 − q)(log(1 − q) − log ε) with q = σ(z), by independent arithmetic, for these
 # margins z

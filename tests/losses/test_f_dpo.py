@@ -2,13 +2,14 @@ import math
 from types import ModuleType
 
 import torch
-from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair, random_columns
+from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair
 from torch import Tensor
 from torch.testing import assert_close
 
 from align_cli.divergences import alpha, forward_kl, js, reverse_kl
 from align_cli.losses.dpo import dpo
 from align_cli.preferences import gap
+from align_cli.verify.batches import random_columns
 
 # f′(t) as in the paper's table, up to constants, beside the divergence
 LINKS = [

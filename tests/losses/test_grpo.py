@@ -2,9 +2,11 @@ import math
 from types import ModuleType
 
 import torch
-from loss_columns import gradient, random_columns
+from loss_columns import gradient
 from torch import Tensor
 from torch.testing import assert_close
+
+from align_cli.verify.batches import random_columns
 
 
 def one(value: float) -> Tensor:

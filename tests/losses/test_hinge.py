@@ -1,8 +1,10 @@
 from types import ModuleType
 
 import torch
-from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair, random_columns
+from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair
 from torch.testing import assert_close
+
+from align_cli.verify.batches import random_columns
 
 
 def test_value_at_the_reference_is_1(loss: ModuleType) -> None:

@@ -2,9 +2,11 @@ import math
 from types import ModuleType
 
 import torch
-from loss_columns import NO_REWARD, as_reals, gradient, random_columns
+from loss_columns import NO_REWARD, as_reals, gradient
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
+
+from align_cli.verify.batches import random_columns
 
 
 def test_value_at_the_reference_is_2_log_2_for_any_number_of_responses(loss: ModuleType) -> None:

@@ -2,9 +2,11 @@ import math
 from types import ModuleType
 
 import torch
-from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair, random_columns
+from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair
 from torch import Tensor
 from torch.testing import assert_close
+
+from align_cli.verify.batches import random_columns
 
 
 def test_a_pair_costs_its_token_mean_and_the_log_loss_of_its_odds_ratio(loss: ModuleType) -> None:

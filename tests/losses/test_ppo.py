@@ -1,9 +1,11 @@
 from types import ModuleType
 
 import torch
-from loss_columns import gradient, random_columns
+from loss_columns import gradient
 from torch import Tensor
 from torch.testing import assert_close
+
+from align_cli.verify.batches import random_columns
 
 OPTIONS = {"clip": 0.2, "value_clip": 0.3, "value_weight": 0.1}
 

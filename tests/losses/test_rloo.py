@@ -1,8 +1,10 @@
 from types import ModuleType
 
 import torch
-from loss_columns import as_reals, gradient, random_columns
+from loss_columns import as_reals, gradient
 from torch.testing import assert_close
+
+from align_cli.verify.batches import random_columns
 
 
 def test_at_ratio_1_the_gradient_is_reinforce_of_whole_responses(loss: ModuleType) -> None:

@@ -1,8 +1,9 @@
 from types import ModuleType
 
 import torch
-from loss_columns import random_columns
 from torch.testing import assert_close
+
+from align_cli.verify.batches import random_columns
 
 
 def test_each_token_costs_its_surprise_and_padding_nothing(loss: ModuleType) -> None:

@@ -2,11 +2,12 @@ import math
 from types import ModuleType
 
 import torch
-from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair, random_columns
+from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair
 from torch import Tensor
 from torch.testing import assert_close
 
 from align_cli.losses.dpo import dpo
+from align_cli.verify.batches import random_columns
 
 
 def test_a_pair_with_the_margin_asked_for_costs_log_2(loss: ModuleType) -> None:
