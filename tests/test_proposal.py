@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from enumerable import candidates, random_parts
 from small_runs import align, build_model, largest_difference, overrides, read, summary, weights, write_rows
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from align_cli.divergences import Divergence, forward_kl, js, reverse_kl, tv
 from align_cli.errors import UserError
 from align_cli.proposal import Proposal
 from align_cli.tracking import read_metrics
+from align_cli.verify.tables import candidates, random_parts
 
 SEQUENCES = 9
 EVERY = 3

@@ -14,8 +14,8 @@ from align_cli.commands.listing import print_table
 from align_cli.verify.checks import Check
 
 MEANING = (
-    "Measured in nats unless it is a gradient; KL is exact, over all responses, against a policy that keeps 1 % of the "
-    "reference (5 % where a run learns from samples). Statements and their sources: --json."
+    "KL, in nats, is exact; its tolerance is that of a policy of which 1 % is still the reference,\n"
+    "10 % where a run learns from samples. --json has each statement and its source."
 )
 
 

@@ -5,10 +5,10 @@ Tolerances follow from float64 and from what a check is to tell, never from what
     value, invariances      `ROUNDINGS` roundings of the largest number that takes part
     slope                   a central difference over h is off by h² f‴/6 and by a rounding over h; h = eps^(1/3)
     rest                    a step of h down a slope gains more than a rounding only if the slope exceeds eps/h
-    reached                 a policy of which a hundredth is still the reference: exact data leave no noise. Samples
-                            do: of the 12,800 of a run its last tenth decides, and the mean KL of so many samples of 12
-                            responses to their own law is 11/(2 · 1,280) = 0.004 (Wilks); a twentieth of the reference
-                            is 0.005 to 0.02 away here
+    reached                 a policy of which a hundredth is still the reference, as exact data leave no noise. Samples
+                            do: of the 25,600 of a run the last tenth decides, and the mean KL of so many samples of 12
+                            responses to their own law is 11/(2 · 2,560) = 0.002 (Wilks); gradients are noisier than
+                            frequencies; a policy of which a tenth is still the reference is 0.02 or more away here
 """
 
 import math
@@ -30,7 +30,7 @@ EPS = torch.finfo(torch.float64).eps
 ROUNDINGS = 256
 STEP = EPS ** (1 / 3)
 DOWN = 1e-4  # nats, the way that is tried from where an algorithm rests
-LEFT = {"exact": 0.01, "samples": 0.05}  # share of the reference that a policy may have kept
+LEFT = {"exact": 0.01, "samples": 0.1}  # share of the reference that a policy may have kept
 
 Relation = Literal["=", "≥"]
 
@@ -71,14 +71,20 @@ def failed(algorithm: str, check: str, trouble: str) -> Check:
     return Check(algorithm, check, math.nan, math.nan, math.nan, "=", check, "", trouble)
 
 
+def raised(error: Exception) -> str:
+    """An error in a line."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"
+
+
 def of_loss(problem: Problem) -> list[Check]:
     """All that needs no training."""
     checks: list[Check] = []
     for name, check in CHECKS.items():
         try:
             checks += check(problem)
-        except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            checks.append(failed(problem.label, name, f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+        except Exception as error:  # a user's loss may raise anything
+            checks.append(failed(problem.label, name, raised(error)))
     return checks
 
 

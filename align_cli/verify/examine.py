@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from align_cli import config, terminal
 from align_cli.columns import asked
-from align_cli.errors import RunError, UserError
+from align_cli.errors import UserError
 from align_cli.verify import checks, identities, problems, training, world
 from align_cli.verify.checks import Check
 from align_cli.verify.problems import divergence_of
@@ -68,14 +68,20 @@ def examine(subject: Subject, config_dirs: Sequence[str], folder: Path) -> list[
     """
     transformers_logging.disable_progress_bar()
     made = world.build(folder / "model", seed=0)
-    problem = problems.pose(made, subject.algorithm, subject.divergence, config_dirs)
+    label = f"{subject.algorithm} {subject.divergence or ''}".strip()
+    try:
+        problem = problems.pose(made, subject.algorithm, subject.divergence, config_dirs)
+    except UserError:
+        raise
+    except Exception as error:  # a user's `optimum` may raise anything
+        return [checks.failed(label, "optimum", checks.raised(error))]
     rows = checks.of_loss(problem)
     ours = problem.module.__name__.startswith("align_cli.")
     rows += identities.of(subject.algorithm) if ours and _first(subject) else []
     try:
         rows += checks.reached(problem, made, training.train(made, problem, folder / "trained", list(config_dirs)))
-    except (RunError, ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        rows.append(checks.failed(problem.label, "training", str(error).splitlines()[0]))
+    except Exception as error:  # and so may a user's loss
+        rows.append(checks.failed(label, "training", checks.raised(error)))
     return rows
 
 

@@ -27,8 +27,8 @@ SETTINGS = {
     "eval.groups": 0,
     "track": "none",
 }
-OFFLINE = {"train.steps": 150, "train.lr": 0.15}
-ONLINE = {"train.steps": 100, "train.lr": 0.15, "source.samples": 128, "source.max_new_tokens": 3}
+OFFLINE = {"train.steps": 200, "train.lr": 0.15, "optimizer.betas": "[0.9,0.99]"}
+ONLINE = {"train.steps": 100, "train.lr": 0.1, "source.samples": 256, "source.max_new_tokens": 3}
 
 
 def train(world: World, problem: Problem, folder: Path, config_dirs: list[str]) -> Tensor:
