@@ -341,7 +341,7 @@ def test_a_real_run_has_curves_samples_and_evaluations(tiny_model: Path, pairs_f
     rundir.write_atomic(run / rundir.SAMPLES, json.dumps([{"prompt": "1+1=", "greedy": HOSTILE.replace("\ud800", "")}]))
     told = {
         "name": "toy",
-        "figures": {"reward": 0.5, "reward_low": 0.25, "reward_high": 0.75, "n": 9},
+        "figures": {"reward": {"value": 0.5, "low": 0.25, "high": 0.75, "n": 9}, "other": {"value": 2.0}, "bad": []},
         "notes": ["A note."],
     }
     (run / "eval").mkdir()

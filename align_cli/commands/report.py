@@ -25,8 +25,9 @@ def main(argv: list[str]) -> int:
         usage="align report RUN_OR_SWEEP ... [out=FILE] [metric=NAME]",
         description="Write a page about a run or several: verdicts, curves, heat maps, samples, and what was run. It "
         "is one HTML file, and needs no network.",
-        epilog=f"Without out= it is {PAGE} in the folder that is given, {OF_RUNS} in one of align reproduce. metric= is a name of summary.json by which "
-        f"several runs are compared; without it that of {', '.join(comparison.METRICS)} which most of them have.",
+        epilog=f"Without out= it is {PAGE} in the folder that is given, {OF_RUNS} in one of align reproduce. metric= "
+        "is a name of summary.json by which several runs are compared; without it that of "
+        f"{', '.join(comparison.METRICS)} which most of them have.",
         allow_abbrev=False,
     )
     parser.add_argument("given", nargs="+", metavar="RUN_OR_SWEEP", help="a run directory, or a folder with some below")

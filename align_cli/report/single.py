@@ -301,13 +301,16 @@ def curves(groups: Sequence[tuple[str, Sequence[Content]]], said: str) -> list[S
 def _evaluations(run: Content) -> list[Section]:
     found: list[Section] = []
     for told in run.evaluations:
-        known = content.numbers(told["figures"])
         rows: list[list[Cell]] = []
-        for name, value in known.items():
-            if not content.is_bound(known, name):
-                rows.append([name, content.interval(known, name) or value])
+        for name, figure in told["figures"].items():
+            known = content.numbers(figure) if isinstance(figure, dict) else {}
+            if "value" in known:
+                bounded = "low" in known and "high" in known
+                value = Interval(known["value"], known["low"], known["high"]) if bounded else known["value"]
+                rows.append([str(name), value, int(known["n"]) if "n" in known else None])
         if rows:
-            found += [Table(["figure", "value"], rows, caption=str(told.get("name", "")), by_row=True)]
+            caption = f"{told.get('name', '')}, with 95 % intervals over n items"
+            found.append(Table(["figure", "value", "n"], rows, caption=caption, by_row=True))
         notes = told.get("notes")
         found += [Bullets([str(note) for note in notes])] if isinstance(notes, list) and notes else []
         made = told.get("made")
