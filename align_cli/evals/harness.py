@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,12 @@ def _inside(
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval import evaluator
-    from lm_eval.tasks import TaskManager
 
     from align_cli.evals.asking import Asked
 
-    manager = TaskManager(include_path=include)
+    manager = _manager(include, defaults=False) if include is not None else None
+    if manager is None or task not in manager.all_tasks:
+        manager = _manager(include, defaults=True)
     if task not in manager.all_tasks:
         near = config.did_you_mean(task, manager.all_tasks)
         raise UserError(f"eval.task={task}: lm-eval has no such task.{near} eval.include=FOLDER adds task files.")
@@ -165,10 +167,18 @@ def _inside(
     return told, importlib.metadata.version("lm_eval")
 
 
+@cache
+def _manager(include: str | None, *, defaults: bool) -> Any:
+    """What finds a task; with lm-eval's own thousands of files it takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include, include_defaults=defaults)
+
+
 def _why(task: str, error: Exception) -> str:
     """What lm-eval could not do."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip("* \n")), type(error).__name__)
-    if "unsafe" in first:
+    if "unsafe" in first or "code_eval" in first:  # the latter is a grader that lm-eval fetches from the hub
         return (
             f"eval.task={task}: it runs code that the model has written, unprotected; eval=humaneval or mbpp with "
             "code.run=true runs it in a sandbox."
