@@ -51,7 +51,21 @@ def test_a_verdict_stands_alone_on_the_last_line(text: str, letter: str | None) 
         ("fine\n[[7]]", 7),
         ("[[10]]", 10),
         ("[[7.5]]", 7.5),
-        *((text, None) for text in ("[[0]]", "[[11]]", "[[10.5]]", "[[8/10]]", "8", "[[-3]]", "[[ten]]", "[[nan]]")),
+        *(
+            (text, None)
+            for text in (
+                "They ask for [[10]]",
+                "[[9]] of 10",
+                "[[0]]",
+                "[[11]]",
+                "[[10.5]]",
+                "[[8/10]]",
+                "8",
+                "[[-3]]",
+                "[[ten]]",
+                "[[nan]]",
+            )
+        ),
     ],
 )
 def test_a_rating_is_a_number_from_1_to_10(text: str, value: float | None) -> None:
