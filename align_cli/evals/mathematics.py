@@ -87,7 +87,7 @@ def mathematics(
         with terminal.counter() as progress:
             for question, prompted, responses in zip(questions, asked, drawn, strict=True):
                 found = [extract(response, extract_by) for response in responses]
-                judged = [
+                judged: list[Judgement] = [
                     checker.judge(question.gold, each, shape=question.shape, tolerance=tolerance) for each in found
                 ]
                 counts.update(judged)
