@@ -6,7 +6,7 @@ of them is added up exactly, from the weights that a run ends with, and held aga
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -22,10 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align_cli import assembly, config
 from align_cli.divergences import Divergence, forward_kl, js
 from align_cli.experiment import Experiment
+from align_cli.losses import grpo
 from align_cli.models import tiny
 from align_cli.run import prepare
+from align_cli.targets import rlhf
 from align_cli.tracking import read_metrics
 from align_cli.train import run_step
+from align_cli.verify.world import kl, logs, logs_of
 
 LONGEST = 3
 TOKENS = 6  # of the model: four special ones, a and b
@@ -54,28 +57,6 @@ class World:
     def rated(self, rate: Callable[[str, str], float]) -> Tensor:
         """(prompts, responses)."""
         return torch.tensor([[rate(prompt, text) for text in self.said] for prompt in PROMPTS], dtype=torch.float64)
-
-
-@torch.no_grad()
-def logs(folder: Path, prompts: Sequence[list[int]], responses: Sequence[list[int]], temperature: float = 1) -> Tensor:
-    """(prompts, responses) log-probabilities under the model of a folder."""
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    return logs_of(network, prompts, responses, temperature)
-
-
-def logs_of(
-    network: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]], temperature: float = 1
-) -> Tensor:
-    """(prompts, responses) log-probabilities, each response computed by itself."""
-    mask = torch.tensor([[place < len(each) for place in range(LONGEST)] for each in responses])
-    padded = torch.tensor([each + [0] * (LONGEST - len(each)) for each in responses])
-    found: list[Tensor] = []
-    for prompt in prompts:
-        ids = torch.cat([torch.tensor(prompt).expand(len(responses), -1), padded], dim=-1)
-        logits = network(ids).logits[:, len(prompt) - 1 : -1] / temperature
-        tokens = logits.log_softmax(-1).gather(-1, padded[..., None])[..., 0]
-        found.append((tokens * mask).sum(-1))
-    return torch.stack(found)
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +138,6 @@ def divergence_of(policy: Tensor, target: Tensor, divergence: Divergence) -> Ten
     there = target > -math.inf
     inside = (target[there].exp() * divergence.f(policy[there] - target[there])).sum()
     return (inside + divergence.limit * policy[~there].exp().sum()) / len(policy)
-
-
-def kl(first: Tensor, second: Tensor) -> float:
-    """KL(first ‖ second) in nats, averaged over prompts; +∞ where the second excludes what the first does not."""
-    terms = torch.where(first == -math.inf, 0.0, first.exp() * (first - second))
-    return float(terms.sum() / len(first))
 
 
 def half_js(first: Tensor, second: Tensor) -> float:
@@ -329,7 +304,7 @@ PENALISED: dict[str, list[str]] = {
 
 def tilted(start: Tensor, ratings: Tensor, beta: float) -> Tensor:
     """log of π* ∝ π_ref exp(r/β), which has the largest E[r] − β KL(π ‖ π_ref)."""
-    return (start + ratings / beta).log_softmax(-1)
+    return rlhf(start, ratings, beta=beta).log_softmax(-1)
 
 
 def arrived(found: Tensor, start: Tensor, ratings: Tensor) -> bool:
@@ -364,7 +339,8 @@ def test_grpo_stops_where_its_expected_gradient_vanishes(world: World, plugin: s
     """Its KL is that of the reference to the policy, token by token, and a response has a share in its own baseline."""
     ratings, samples = world.rated(tally), 256
     beta = BETA * samples / (samples - 1)
-    still = torch.stack([at_rest(world, prompt, ratings[prompt], beta) for prompt in range(len(PROMPTS))])
+    tokens = torch.tensor([response + [-1] * (LONGEST - len(response)) for response in world.responses])
+    still = grpo.optimum(world.start, ratings, tokens.expand(len(PROMPTS), -1, -1), beta=beta)
     given = ["algo=grpo", f"algo.beta={BETA}", "advantage.scale=false", f"source.samples={samples}"]
     found = trained(world, tmp_path / "run", *TALLY, *given, plugin=plugin)
     assert kl(found, still) < kl(world.start, still) / 15
@@ -380,33 +356,3 @@ def test_losses_without_an_optimum_of_their_own_samples_raise_the_expected_ratin
     found = trained(world, tmp_path / "run", *TALLY, *given, "train.steps=30", "source.samples=16", plugin=plugin)
     before, after = ((policy.exp() * ratings).sum(-1) for policy in (world.start, found))
     assert (after > before + 0.1).all()
-
-
-def at_rest(world: World, prompt: int, ratings: Tensor, beta: float) -> Tensor:
-    """(responses,) log π where E[A ∇ log π] = β Σ_t E[∇ KL_t(π_ref ‖ π)], prefixes being drawn without gradient.
-
-    At each prefix, with Q of the ratings alone and V its mean, π(a) (Q(a) − V) = β (π(a) − π_ref(a)), so that
-    π(a) = π_ref(a)/(1 − (Q(a) − V)/β), and V makes it sum to 1. Solved from the last token backwards.
-    """
-    place = {tuple(response): number for number, response in enumerate(world.responses)}
-
-    def solve(prefix: tuple[int, ...]) -> tuple[float, float, dict[tuple[int, ...], float]]:
-        """The reference's probability of the prefix, V, and the probability of each response that begins so."""
-        if prefix in place:
-            return float(world.start[prompt, place[prefix]].exp()), float(ratings[place[prefix]]), {prefix: 1.0}
-        after = [solve((*prefix, token)) for token in range(TOKENS)]
-        mass, worth = (torch.tensor(column, dtype=torch.float64) for column in list(zip(*after, strict=True))[:2])
-        reference = mass / mass.sum()
-        low, high = float(worth.max()) - beta, float(worth.max())
-        for _ in range(60):
-            value = (low + high) / 2
-            policy = reference / (1 - (worth - value) / beta)
-            low, high = (value, high) if float(policy.sum()) > 1 else (low, value)
-        shares = (reference / (1 - (worth - high) / beta)).tolist()
-        every = {
-            said: share * rest for share, (_, _, of) in zip(shares, after, strict=True) for said, rest in of.items()
-        }
-        return float(mass.sum()), high, every
-
-    found = solve(())[2]
-    return torch.tensor([found[tuple(response)] for response in world.responses], dtype=torch.float64).log()

@@ -6,6 +6,8 @@ sequence. A policy is a table (`align_cli.verify.tables`), so that nothing but t
 
 import math
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +83,12 @@ def world() -> World:
     return World(vocabulary=3, steps=3)
 
 
+def stated(loss: KWise, *columns: Tensor, **options: Any) -> Tensor:
+    """What `optimum` beside a loss says of one prompt, normalised."""
+    optimum = vars(import_module(loss.__module__))["optimum"]
+    return optimum(*(column[None] for column in columns), **options)[0].log_softmax(-1)
+
+
 def kl(first: Tensor, second: Tensor) -> Tensor:
     return (first.exp() * (first - second)).sum()
 
@@ -125,13 +133,13 @@ def test_contrast_of_a_few_samples_reaches_the_reference_tilted_by_alpha_beta(
     small: World, loss: KWise, size: int
 ) -> None:
     found = optimise(small.over_tuples(loss, size, alpha=0.8, beta=0.5), small.tables)
-    assert_close(found, small.optimum(0.8 * 0.5), atol=1e-5, rtol=0)
+    assert_close(found, stated(loss, small.reference, small.rewards, alpha=0.8, beta=0.5), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("loss", [info_nca, exo])
 def test_contrast_of_all_samples_reaches_the_reference_tilted_by_alpha_beta(world: World, loss: KWise) -> None:
     found = optimise(world.in_the_limit(loss, alpha=0.8, beta=0.5), world.tables)
-    assert_close(found, world.optimum(0.8 * 0.5), atol=1e-5, rtol=0)
+    assert_close(found, stated(loss, world.reference, world.rewards, alpha=0.8, beta=0.5), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("vocabulary", [3, 8])
@@ -179,6 +187,7 @@ def test_dpo_on_bradley_terry_preferences_recovers_the_optimum(world: World) -> 
     pairs = world.preferences()
     found = optimise(lambda policy: dpo(policy[None], world.reference[None], pairs, beta=0.7)[0], world.tables)
     assert_close(found, world.optimum(0.7), atol=1e-5, rtol=0)
+    assert_close(stated(dpo, world.reference, pairs[0], beta=0.7), world.optimum(0.7))
 
 
 def test_robust_dpo_recovers_the_optimum_from_flipped_labels_and_dpo_does_not(world: World) -> None:
@@ -189,6 +198,7 @@ def test_robust_dpo_recovers_the_optimum_from_flipped_labels_and_dpo_does_not(wo
         lambda policy: robust_dpo(policy[None], reference, flipped, beta=0.7, label_smoothing=0.2)[0], world.tables
     )
     assert_close(robust, world.optimum(0.7), atol=1e-5, rtol=0)
+    assert_close(stated(robust_dpo, world.reference, flipped[0], beta=0.7, label_smoothing=0.2), world.optimum(0.7))
     plain = optimise(lambda policy: dpo(policy[None], reference, flipped, beta=0.7)[0], world.tables)
     assert (plain - world.optimum(0.7)).abs().max() > 0.1
 
@@ -227,6 +237,7 @@ def test_f_dpo_on_bradley_terry_preferences_recovers_the_optimum_of_its_divergen
         world.tables,
     )
     # the stationarity of E[r] − β D_f: r − β f′(π/μ) is the same for all sequences
+    assert_close(stated(f_dpo, world.reference, pairs[0], beta=0.7, divergence=divergence), found, atol=1e-5, rtol=0)
     multiplier = world.rewards - 0.7 * divergence.f_prime(found - world.reference)
     assert_close(multiplier, multiplier.mean().expand(27), atol=1e-5, rtol=0)
 
