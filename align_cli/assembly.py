@@ -234,7 +234,7 @@ def build_methods(
     mismatch = MismatchKL(engine, reference, budget=experiment.engine.micro_tokens)
     makers = producers(experiment) | {"reference": reference, "mismatch_kl": mismatch}
     if isinstance(experiment.source, FromPolicy):
-        makers |= _online(experiment, learnt)
+        makers |= online(experiment, learnt)
         if "reference_tokens" in experiment.made:
             assert not isinstance(reference, Cached), "a rollout was checked to have no cached reference"
             makers |= {"reference_tokens": reference.tokens, "reference": summed}
@@ -244,7 +244,7 @@ def build_methods(
     return Method(experiment, makers, experiment.made), Method(experiment, makers, seen), cache
 
 
-def _online(experiment: Experiment, learnt: Mapping[str, Any]) -> dict[str, columns.Column]:
+def online(experiment: Experiment, learnt: Mapping[str, Any]) -> dict[str, columns.Column]:
     """The makers of columns that look at all samples of a step."""
     makers: dict[str, columns.Column] = {"advantages": Whitened(experiment.whiten)}
     if experiment.target is not None:

@@ -16,9 +16,12 @@ from align_cli import rundir, statistics
 from align_cli.errors import UserError
 from align_cli.evals import Item, Result
 from align_cli.statistics import Interval
+from align_cli.tracking import Table
 
 FOLDER = "eval"
 LOCK = ".lock"
+HEADINGS = ["eval", "metric", "value [95 %]", "n", "judge"]
+SAMPLED = 100  # items of an evaluation that Weights & Biases shows
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,37 @@ def mean_of(values: Sequence[float]) -> Interval:
     return statistics.mean_interval(values)
 
 
+def rows_of(finished: Finished) -> list[list[str]]:
+    """The figures as lines under `HEADINGS`."""
+    judge = " ".join(str(finished.made[key]) for key in ("judge", "judge_date") if key in finished.made)
+    return [
+        [finished.name, name, shown(figure), "" if figure.n is None else str(figure.n), judge]
+        for name, figure in finished.figures.items()
+    ]
+
+
+def sample_of(finished: Finished) -> Table:
+    """Some of the items, for readers: their values, and what is shown of them."""
+    some = finished.items[:SAMPLED]
+    values = list(dict.fromkeys(name for item in some for name in item.values))
+    told = list(dict.fromkeys(name for item in some for name in item.shown))
+    rows: list[list[str | float]] = [
+        [
+            item.id,
+            *(item.values.get(name, math.nan) for name in values),
+            *(_text(item.shown.get(name)) for name in told),
+        ]
+        for item in some
+    ]
+    return Table(["id", *values, *(f"{name}:" if name in values else name for name in told)], rows)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return "\n---\n".join(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def path_of(out: Path, name: str) -> Path:
     """The file of an evaluation."""
     return out / FOLDER / f"{name}.json"
@@ -92,8 +126,10 @@ def write(out: Path, finished: Finished) -> None:
     """Write an evaluation and its figures; two processes may do so at once.
 
     Raises:
-        ValueError: an item has a value that is no finite number.
+        ValueError: an item has a value that is no finite number, or the id of another.
     """
+    if len({item.id for item in finished.items}) < len(finished.items):
+        raise ValueError(f"eval={finished.name}: two items have one id.")
     for item in finished.items:
         odd = [name for name, value in item.values.items() if not math.isfinite(value)]
         if odd:

@@ -438,7 +438,6 @@ class Subject:
             raise UserError(f"{self.name}: no reward model; one that algo=bradley_terry makes would be right.")
         return [float(score) for score, _ in self._measured(pairs, "scores")]
 
-    @torch.no_grad()
     def _measured(self, pairs: Sequence[tuple[Prompt, str]], column: str) -> list[tuple[torch.Tensor, int]]:
         """A column's entry for each pair, with the length of its response; prompts with several are read once."""
         places: dict[str, list[int]] = {}
@@ -446,20 +445,26 @@ class Subject:
             places.setdefault(json.dumps(prompt), []).append(place)
         together = list(places.values())
         groups = self._groups([(pairs[same[0]][0], [pairs[place][1] for place in same]) for same in together])
-        lengths = Measured.of(groups)
+        found: dict[int, tuple[torch.Tensor, int]] = {}
+        for same, group, row in zip(together, groups, self.measure(groups, column), strict=True):
+            found |= dict(zip(same, zip(row, map(len, group.responses), strict=True), strict=True))
+        return [found[place] for place in range(len(pairs))]
+
+    @torch.no_grad()
+    def measure(self, groups: Sequence[Group], column: str) -> list[torch.Tensor]:
+        """A column that `align_cli.models.causal.measure` gives, of each group, fp32 on the CPU: (K,) or (K, T)."""
         longest = max((len(each.prompt) + max(map(len, each.responses)) for each in groups), default=0)
         self._refuse_long(longest, "a prompt with its response")
-        parts = split(range(len(groups)), self.manner.lengths(lengths), ranks=1, budget=BUDGET)[0] if groups else []
-        found: dict[int, tuple[torch.Tensor, int]] = {}
+        lengths = self.manner.lengths(Measured.of(groups))
+        parts = split(range(len(groups)), lengths, ranks=1, budget=BUDGET)[0] if groups else []
+        found: dict[int, torch.Tensor] = {}
         with terminal.counter() as progress:
             for done, part in enumerate(parts, start=1):
                 batch = self.manner.flatten([groups[index] for index in part.groups]).to(self.device)
                 measured = causal.measure(self.model, batch, self.manner)[column].float().cpu()
-                for row, index in zip(measured, part.groups, strict=True):
-                    sizes = map(len, groups[index].responses)
-                    found |= dict(zip(together[index], zip(row, sizes, strict=True), strict=True))
+                found |= dict(zip(part.groups, measured, strict=True))
                 progress("measuring", done, len(parts))
-        return [found[place] for place in range(len(pairs))]
+        return [found[index] for index in range(len(groups))]
 
 
 def _response(drawn: generation.Drawn) -> Response:

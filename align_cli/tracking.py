@@ -209,14 +209,48 @@ def publish(run_dir: Path, config: Mapping[str, Any], name: str, page: str, *, s
         page: HTML that needs nothing beside itself.
         step: after all that the run has logged.
     """
-    track = config.get("track")
-    if not (run_dir / WANDB_ID).is_file() or not isinstance(track, Mapping) or track.get("name") != "wandb":
+    run = _again(run_dir, config)
+    if run is None:
         return
     import wandb as client
 
-    run = _start_wandb(run_dir, config, Track(**track))
     run.log({name: client.Html(page, inject=False)}, step=max(step, run.step))  # another report came before
     run.finish()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings; a cell is a number or a text."""
+
+    headings: list[str]
+    rows: list[list[str | float]]
+
+
+def add(run_dir: Path, config: Mapping[str, Any], figures: Mapping[str, Scalar], tables: Mapping[str, Table]) -> None:
+    """Add figures and tables to the W&B run of a finished run, where it has one.
+
+    Args:
+        config: as `config.yaml` has it.
+    """
+    run = _again(run_dir, config)
+    if run is None:
+        return
+    import wandb as client
+
+    for name, table in tables.items():
+        headings: Any = table.headings
+        rows: Any = table.rows
+        run.log({name: client.Table(columns=headings, data=rows)})
+    run.summary.update(dict(figures))
+    run.finish()
+
+
+def _again(run_dir: Path, config: Mapping[str, Any]) -> Any:
+    """The W&B run of a finished run; None where it has none."""
+    track = config.get("track")
+    if not (run_dir / WANDB_ID).is_file() or not isinstance(track, Mapping) or track.get("name") != "wandb":
+        return None
+    return _start_wandb(run_dir, config, Track(**track))
 
 
 # --- the terminal

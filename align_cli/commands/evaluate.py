@@ -4,7 +4,6 @@ import datetime
 import hashlib
 import inspect
 import shlex
-import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from align_cli import config, exits, judges, paths, results, terminal
 from align_cli.commands import arguments, calibrate
 from align_cli.commands.listing import print_table
 from align_cli.config import Tree
-from align_cli.errors import Stopped, UserError
+from align_cli.errors import RunError, Stopped, UserError
 from align_cli.evals import Result, Training
 from align_cli.judges import Judge
 from align_cli.results import Finished
@@ -225,37 +224,63 @@ def run_all(planned: Sequence[Planned], asked: Any, out: Path) -> int:
 
     Raises:
         Stopped: by a signal; what was generated is kept.
-        UserError: what was wrong with those that failed.
+        UserError, RunError: what was wrong with those that failed.
     """
     done: list[Finished] = []
-    problems: list[str] = []
+    new: list[Finished] = []
+    failed: list[tuple[str, UserError | RunError]] = []
     for each in planned:
         try:
-            done.append(made(each, asked, out))
+            options = fingerprint(each, asked)
+            there = None if each.tree["again"] else kept(results.path_of(out, each.name), options)
+            if there is None:
+                there = made(each, asked, out, options)
+                new.append(there)
+            done.append(there)
         except KeyboardInterrupt:
             raise Stopped(f"interrupted in eval={each.name}; what was generated is kept") from None
-        except UserError as error:
-            problems += [f"eval={each.name}: {line}" for line in str(error).splitlines()]
+        except (UserError, RunError) as error:
+            failed.append((each.name, error))
     if done:
         show(done)
         terminal.say(f"results in {out / results.FOLDER}")
-    if problems:
-        raise UserError("\n".join(problems))
+    if new and asked.run == out:
+        track(new, asked.run, asked.config)
+    if failed:
+        told = "\n".join(f"eval={name}: {line}" for name, error in failed for line in str(error).splitlines())
+        raise UserError(told) if all(isinstance(error, UserError) for _, error in failed) else RunError(told)
     return exits.DONE
 
 
-def made(planned: Planned, asked: Any, out: Path) -> Finished:
-    """An evaluation, from its file where that holds this very one."""
-    options = fingerprint(planned, asked)
-    path = results.path_of(out, planned.name)
-    if path.is_file() and not planned.tree["again"]:
-        there = results.read(path)
-        if there.options == options:
-            terminal.say(f"eval={planned.name} is there already; again=true makes it again")
-            return there
+def track(new: Sequence[Finished], run: Path, tree: Tree) -> None:
+    """Add what was found to the run's W&B run, where it has one."""
+    from align_cli import tracking
+
+    figures = {name: value for each in new for name, value in results.flat(each).items()}
+    tables = {f"{results.FOLDER}/{each.name}/items": results.sample_of(each) for each in new if each.items}
+    tracking.add(run, tree, figures, tables)
+
+
+def kept(path: Path, options: dict[str, Any]) -> Finished | None:
+    """The evaluation in a file, if it is the very one that is asked for."""
+    there = results.read(path) if path.is_file() else None
+    if there is None or there.options != options:
+        return None
+    terminal.say(f"eval={there.name} is there already; again=true makes it again")
+    return there
+
+
+def made(planned: Planned, asked: Any, out: Path, options: dict[str, Any]) -> Finished:
+    """Make an evaluation and write it.
+
+    Raises:
+        UserError: it cannot be made of this subject, or nothing came out.
+    """
     terminal.say(f"eval={planned.name}")
     own = {key: value for key, value in planned.tree["eval"].items() if key != "name"}
     result = planned.runner(asked, **own, **parts(planned))
+    if not result.items and not result.figures:
+        raise UserError(f"nothing was measured. {' '.join(result.notes)}")
     finished = Finished(
         name=planned.name,
         figures=results.figures_of(result),
@@ -313,18 +338,7 @@ def _files(path: Path) -> list[list[Any]]:
 
 def show(done: Sequence[Finished]) -> None:
     """A table of the figures, then what is to be said of them."""
-    rows = [row for each in done for row in rows_of(each)]
-    print_table(["eval", "metric", "value [95 %]", "n", "how"], rows)
+    print_table(results.HEADINGS, [row for each in done for row in results.rows_of(each)])
     for each in done:
         for note in each.notes:
             terminal.result(f"{each.name}: {note}")
-    terminal.result("") if sys.stdout.isatty() else None
-
-
-def rows_of(finished: Finished) -> list[list[str]]:
-    """The lines of an evaluation in a table."""
-    judge = " ".join(str(finished.made[key]) for key in ("judge", "judge_date") if key in finished.made)
-    return [
-        [finished.name, name, results.shown(figure), "" if figure.n is None else str(figure.n), judge]
-        for name, figure in finished.figures.items()
-    ]

@@ -16,7 +16,7 @@ from align_cli import statistics
 from align_cli.errors import UserError
 
 FOLDER = "eval"
-FREE = ("date", "seconds")  # of `made`: what may differ between results that are of the same items
+FREE = ("date", "judge_date", "seconds")  # of `made`: what may differ between results that are of the same items
 
 Values = dict[str, dict[str, float]]  # metric -> item -> value
 

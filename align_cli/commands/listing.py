@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from align_cli import paths, recipe, terminal
+from align_cli import paths, recipe, results, terminal
 from align_cli.errors import UserError
 from align_cli.rundir import CONFIG, flatten, holder, read_config, read_summary
 
@@ -159,7 +159,7 @@ def ls(arguments: argparse.Namespace) -> int:
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """Print a YAML, or a run's summary (its configuration, while there is no summary)."""
+    """Print a YAML, a run's summary and evaluations (its configuration, while there is no summary), or a model's."""
     run = Path(arguments.name)
     if (run / CONFIG).is_file():
         summary = read_summary(run)
@@ -167,14 +167,31 @@ def show(arguments: argparse.Namespace) -> int:
             terminal.say(f"{run} is {_status(run, finished=False)} and has no summary; this is its configuration")
             terminal.result((run / CONFIG).read_text(encoding="utf-8").rstrip())
             return 0
-        width = max(map(len, summary), default=0)
-        for name, value in summary.items():
+        evaluated = [results.read(path) for path in results.all_of(run)]
+        told = tuple(f"{results.FOLDER}/{each.name}/" for each in evaluated)
+        figures = {name: value for name, value in summary.items() if not name.startswith(told)}
+        width = max(map(len, figures), default=0)
+        for name, value in figures.items():
             terminal.result(f"{name:<{width}}  {value}")
+        _show_evaluations(evaluated)
+        return 0
+    if results.all_of(run):
+        _show_evaluations([results.read(path) for path in results.all_of(run)])
         return 0
     entry, path = find(arguments.name)
     terminal.say(terminal.paint(f"{entry}: {path}", "dim", sys.stderr))
     terminal.result(path.read_text(encoding="utf-8").rstrip())
     return 0
+
+
+def _show_evaluations(evaluated: list[results.Finished]) -> None:
+    """What `align evaluate` has found, and what is to be said of it."""
+    if evaluated:
+        terminal.result("")
+        print_table(results.HEADINGS, [row for each in evaluated for row in results.rows_of(each)])
+    for each in evaluated:
+        for note in each.notes:
+            terminal.result(f"{each.name}: {note}")
 
 
 def cp(arguments: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ def diversity(
         temperature: of the samples.
         max_new_tokens: longest response; fewer where the model's positions leave less.
     """
-    asked = prompts.held_out(subject, training, limit=limit)
+    asked = prompts.held_out(subject, training, limit=limit, responses=False)
     found = prompts.drawn(subject, asked, samples=samples, temperature=temperature, max_new_tokens=max_new_tokens)
     items: list[Item] = []
     for name, prompt, texts, drawn in zip(

@@ -28,8 +28,9 @@ def loss(subject: Subject, *, training: Training, limit: Count | None, reference
     Raises:
         UserError: the run samples its responses, or the algorithm needs a reference that nothing names.
     """
-    asked = prompts.held_out(subject, training, limit=limit)
+    asked = prompts.held_out(subject, training, limit=limit, responses=True)
     experiment = asked.experiment
+    assert experiment is not None
     if not isinstance(experiment.source, FromDataset):
         raise UserError(
             f"{subject.name}: the run samples its responses, and its data has none to measure; eval=reward, diversity "
@@ -57,8 +58,7 @@ def method_of(subject: Subject, experiment: Experiment, reference: str | None) -
         return Method(experiment, producers(experiment), experiment.made)
     if subject.config is None and reference is None:
         raise UserError(f"algo={experiment.algorithm} compares with a reference; eval.reference=MODEL names it.")
-    named = reference or experiment.reference.path or START
-    other = prompts.named(subject, named, "eval.reference")
+    other = prompts.named(subject, reference or experiment.reference.path or START, "eval.reference")
     column = Frozen(other.model, other.manner)
     mismatch = MismatchKL(subject.measuring, column, budget=experiment.engine.micro_tokens)
     makers: dict[str, columns.Column] = {"reference": column, "mismatch_kl": mismatch}
@@ -82,5 +82,5 @@ def _over_tokens(name: str, pairs: list[tuple[float, float]]) -> dict[str, float
 
 
 def _made(asked: HeldOut, method: Method, reference: str | None) -> dict[str, str | int | float | bool | None]:
-    told = "none" if "reference" not in method.made else reference or asked.experiment.reference.path or START
+    told = "none" if "reference" not in method.made else reference or asked.reference
     return {**asked.made, "reference": told}

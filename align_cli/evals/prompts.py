@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align_cli import config, experiment, rundir
+from align_cli import config, experiment, paths, rundir, terminal
 from align_cli.config import Tree
-from align_cli.data.store import Group
+from align_cli.data.options import Data
+from align_cli.data.store import Group, Store
+from align_cli.data.store import prepare as prepare_data
 from align_cli.data.tokens import Template
 from align_cli.errors import UserError
 from align_cli.evals import Training
@@ -28,13 +30,15 @@ class HeldOut:
     """Held-out groups, in the order of the data.
 
     Attributes:
-        experiment: the run, or what the command line describes; its paths exist here.
-        groups: of the data's own responses, which a run that samples has none of.
+        data: the section.
+        experiment: the run, or what the command line describes; None where a model is no run and only prompts matter.
+        groups: of the data's own responses, where these matter and the run does not sample its own.
         stop: the token that ends a response as the data's template writes it.
         digest: of the groups' content.
     """
 
-    experiment: Experiment
+    data: Data
+    experiment: Experiment | None
     groups: list[Group]
     stop: int
     digest: str
@@ -42,48 +46,72 @@ class HeldOut:
     @property
     def made(self) -> dict[str, rundir.Scalar]:
         """What is said of the data with a result."""
-        data = self.experiment.data
-        return {"data": data.path, "data_digest": self.digest, "template": data.template}
+        return {"data": self.data.path, "data_digest": self.digest, "template": self.data.template}
+
+    @property
+    def reference(self) -> str:
+        """The model to compare with where none is named: the one that the run has named, or has started from."""
+        return (self.experiment.reference.path if self.experiment is not None else None) or START
 
 
-def held_out(subject: Subject, training: Training, *, limit: int | None) -> HeldOut:
+def held_out(subject: Subject, training: Training, *, limit: int | None, responses: bool) -> HeldOut:
     """The held-out groups of the subject's data.
+
+    Args:
+        limit: at most so many.
+        responses: whether the data's own responses matter.
 
     Raises:
         UserError: a model that is no run needs data; or nothing is held out.
     """
-    tree = tree_of(subject, training)
-    prepared = prepare(experiment.read(tree))
-    chosen = [prepared.held_out[index] for index in range(min(len(prepared.held_out), limit or len(prepared.held_out)))]
-    if not chosen:
-        raise UserError(f"data={tree['data']['name']}: no rows are held out; data.held_out=N, or another file.")
-    data = prepared.experiment.data
-    stop = Template(prepared.tokenizer, template=data.template, system=data.system).stop
-    digest = hashlib.blake2b(b"".join(name for group in chosen for name in _names(group)), digest_size=8)
-    return HeldOut(prepared.experiment, chosen, stop, digest.hexdigest())
+    if subject.config is None and "data" not in training.sections:
+        raise UserError(
+            f"{subject.name}: a model that is no run has no data of its own; data=file data.path=FILE, or another "
+            "choice of `align ls data`, would be right."
+        )
+    if subject.config is None and not responses:
+        read, store, data = None, *_prompts(subject, training)
+    else:
+        prepared = prepare(experiment.read(tree_of(subject, training)))
+        read, store, data = prepared.experiment, prepared.held_out, prepared.experiment.data
+    groups = [store[index] for index in range(min(len(store), limit or len(store)))]
+    if not groups:
+        raise UserError(f"data={data.name}: no rows are held out; data.held_out=N, or another file.")
+    stop = Template(subject.tokenizer, template=data.template, system=data.system).stop
+    digest = hashlib.blake2b(b"".join(name for group in groups for name in _names(group)), digest_size=8)
+    return HeldOut(data, read, groups, stop, digest.hexdigest())
+
+
+def _prompts(subject: Subject, training: Training) -> tuple[Store, Data]:
+    """The held-out prompts of data that the command line names."""
+    section = {**config.compose("train", ["model=tiny", "data=file"])["data"], **training.sections["data"]}
+    problems = config.check(Data, section, "data")
+    if problems:
+        raise UserError("\n".join(problems))
+    data = config.build(Data, section)
+    _, found = prepare_data(
+        data, subject.tokenizer, seed=0, cache=paths.cache() / "data", say=terminal.say, pairwise=False, sampled=1
+    )
+    return found, data
 
 
 def tree_of(subject: Subject, training: Training) -> Tree:
     """The configuration that a run was trained by, or that a model's would be, with what the command line names.
 
-    Raises:
-        UserError: a model that is no run needs data.
+    Without an algorithm, a model that is no run imitates the best response of each prompt.
     """
     if subject.config is None:
-        if "data" not in training.sections:
-            raise UserError(
-                f"{subject.name}: a model that is no run has no data of its own; data=file data.path=FILE, or another "
-                "choice of `align ls data`, would be right."
-            )
         path = config.quoted(subject.base.path)
         tree = config.compose(
             "train", ["algo=sft", "model=hf", f"model.path={path}", "data=file", "data.path=none", "run.dir=none"]
         )
     else:
         tree = dict(subject.config)
-    for name, section in training.sections.items():
-        before = tree.get(name) or {}
-        tree[name] = section if "name" in section else {**before, **section}
+    for name in ("data", "algo"):
+        section = training.sections.get(name, {})
+        tree[name] = section if "name" in section else {**tree[name], **section}
+    if subject.config is None and "algo" not in training.sections:
+        tree["data"] = {**tree["data"], "responses": 1}
     return tree
 
 

@@ -40,7 +40,7 @@ def reward(
     Raises:
         UserError: nothing says who scores, or the baseline has other tokens or no responses.
     """
-    asked = prompts.held_out(subject, training, limit=limit)
+    asked = prompts.held_out(subject, training, limit=limit, responses=baseline == DATA)
     section = scorer_of(subject, asked, training)
     rate = prompts.rater(subject, section)
     common = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
@@ -87,7 +87,7 @@ def scorer_of(subject: Subject, asked: HeldOut, training: Training) -> Tree:
     named = training.sections.get("scorer") or (subject.config or {}).get("scorer")
     if named:
         return named
-    if asked.experiment.data.name == "toy":
+    if asked.data.name == "toy":
         return OF_THE_WORLD
     raise UserError(
         "nothing says how good a response is: scorer=model scorer.path=REWARD_MODEL, or a program such as "
