@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import align
 
-from align_cli import comparison, config, exits, rundir
+from align_cli import comparison, config, exits, results, rundir
 from align_cli.commands.completion import complete
 from align_cli.config import Tree
+from align_cli.evals import Item, Result
 
 REWARD = "eval/after/reward"
 T_1, T_2 = math.tan(0.475 * math.pi), 0.95 * math.sqrt(2 / (1 - 0.95**2))  # 97.5 % quantiles of Student's t
@@ -335,18 +336,17 @@ def test_completion_knows_options_figures_and_folders(tmp_path: Path, monkeypatc
 
 def evaluated(run: Path, values: Mapping[str, float], **made: Any) -> None:
     """What `align evaluate eval=toy` keeps of a run."""
-    (run / "eval").mkdir(exist_ok=True)
-    items = [{"id": name, "values": {"exact_match": value}, "shown": {}} for name, value in values.items()]
-    told = {"name": "toy", "figures": {}, "made": {"samples": 4, **made}, "notes": [], "items": items}
-    (run / "eval/toy.json").write_text(json.dumps(told))
+    items = [Item(name, {"exact_match": value}, {}) for name, value in values.items()]
+    told = results.figures_of(Result(items))
+    results.write(run, results.Finished("toy", told, {"samples": 4, **made}, [], {}, {}, items))
 
 
 def test_items_that_both_sides_have_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seeds(tmp_path, "dpo", {0: 0.5}, "algo=dpo")
     seeds(tmp_path, "nca", {0: 0.5, 1: 0.5})
     evaluated(tmp_path / "dpo-0", {"a": 0.0, "b": 0.5, "c": 1.0, "only here": 0.25})
-    evaluated(tmp_path / "nca-0", {"a": 0.5, "b": 0.5, "c": 1.0}, seconds=3.0)
-    evaluated(tmp_path / "nca-1", {"c": 1.0, "b": 1.0, "a": 0.5}, date="another day")
+    evaluated(tmp_path / "nca-0", {"a": 0.5, "b": 0.5, "c": 1.0})
+    evaluated(tmp_path / "nca-1", {"c": 1.0, "b": 1.0, "a": 0.5}, judge_date="another day")
     first, second = compared(capsys, str(tmp_path), "against=dpo")["items"]["eval/toy/exact_match"]
     assert (first["group"], first["items"], first["mean"], first["difference"]) == ("algo=dpo", 4, 0.4375, None)
     assert (second["seeds"], second["items"], second["mean"]) == (2, 3, 2.25 / 3)
@@ -383,4 +383,4 @@ def test_a_damaged_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     for text in ("{", "[]", '{"items": [{"id": 1}], "made": {}}', '{"items": null, "made": {}}'):
         (tmp_path / "nca-0/eval/toy.json").write_text(text)
         assert align("compare", str(tmp_path)) == exits.USER
-        assert "toy.json is no result of align evaluate" in capsys.readouterr().err
+        assert "toy.json: not an evaluation" in capsys.readouterr().err

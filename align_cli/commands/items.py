@@ -4,7 +4,6 @@ Only `eval/NAME.json` of each run is read. Items are the observations, so that t
 of these models on other items of the kind, and nothing of other seeds.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from align_cli import statistics
-from align_cli.errors import UserError
+from align_cli import results, statistics
+from align_cli.results import FOLDER
 
-FOLDER = "eval"
-FREE = ("date", "judge_date", "seconds")  # of `made`: what may differ between results that are of the same items
+FREE = ("date", "judge_date")  # of `made`: what may differ between results that are of the same items
 
 Values = dict[str, dict[str, float]]  # metric -> item -> value
 
@@ -67,7 +65,7 @@ def tables(
     Raises:
         UserError: a result cannot be read.
     """
-    names = sorted({path.stem for runs in groups.values() for run in runs for path in (run / FOLDER).glob("*.json")})
+    names = sorted({path.stem for runs in groups.values() for run in runs for path in results.all_of(run)})
     found: dict[str, list[Row]] = {}
     for name in names:
         kept = _alike(name, groups, left_out)
@@ -88,17 +86,12 @@ def read(path: Path) -> tuple[Values, dict[str, Any]]:
     Raises:
         UserError: the file is damaged.
     """
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        values: Values = defaultdict(dict)
-        for item in told["items"]:
-            for metric, value in item["values"].items():
-                values[metric][item["id"]] = float(value)
-        return dict(values), {key: value for key, value in told["made"].items() if key not in FREE}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no result of align evaluate ({error}); evaluated again, it is made anew."
-        ) from error
+    finished = results.read(path)
+    values: Values = defaultdict(dict)
+    for item in finished.items:
+        for metric, value in item.values.items():
+            values[metric][item.id] = value
+    return dict(values), {key: value for key, value in finished.made.items() if key not in FREE}
 
 
 def _alike(name: str, groups: Mapping[str, Sequence[Path]], left_out: list[tuple[str, str]]) -> dict[str, list[Values]]:
@@ -107,7 +100,7 @@ def _alike(name: str, groups: Mapping[str, Sequence[Path]], left_out: list[tuple
     first: dict[str, Any] | None = None
     for label, runs in groups.items():
         for run in runs:
-            path = run / FOLDER / f"{name}.json"
+            path = results.path_of(run, name)
             if not path.is_file():
                 continue
             values, made = read(path)
