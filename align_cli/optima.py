@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-HALVINGS = 100  # of an interval, after which float64 has no number inside it
+HALVINGS = 64  # of an interval, after which float64 has no number of its size inside it
 
 
 def share(pairs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from align_cli.columns import asked
 from align_cli.errors import UserError
 from align_cli.verify import checks, identities, problems, training, world
 from align_cli.verify.checks import Check
-from align_cli.verify.problems import divergence_of
+from align_cli.verify.problems import composed, divergence_of
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ def subjects(names: Sequence[str], config_dirs: Sequence[str]) -> list[Subject]:
         raise UserError("\n".join(problems))
     found: list[Subject] = []
     for name in dict.fromkeys(names or there):
-        tree = config.compose("train", [f"algo={name}"], config_dirs)
+        tree = composed((f"algo={name}",), tuple(config_dirs))
         loss = config.find("align_cli.losses", tree["algo"]["name"], "algo")
         if "divergence" not in config.options(loss):
             found.append(Subject(name))
             continue
         for divergence in groups["divergence"]:
-            tree = config.compose("train", [f"algo={name}", f"divergence={divergence}"], config_dirs)
+            tree = composed((f"algo={name}", f"divergence={divergence}"), tuple(config_dirs))
             # One that is an implicit reward has to give every reward a policy.
             if "target" in asked(loss) or divergence_of(tree).links:
                 found.append(Subject(name, divergence))

@@ -13,7 +13,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -94,6 +94,12 @@ def paper(module: Any) -> str:
     return " ".join((module.__doc__ or "").partition("\n\n")[0].split())
 
 
+@cache
+def composed(overrides: tuple[str, ...], config_dirs: tuple[str, ...]) -> Tree:
+    """A configuration of `align train`, to be read and not written; each is composed once."""
+    return config.compose("train", overrides, config_dirs)
+
+
 def pose(world: World, name: str, divergence: str | None, config_dirs: Sequence[str]) -> Problem:
     """The problem of an algorithm.
 
@@ -104,19 +110,19 @@ def pose(world: World, name: str, divergence: str | None, config_dirs: Sequence[
         UserError: the algorithm or its YAML is wrong.
     """
     chosen = [f"algo={name}", *([f"divergence={divergence}"] if divergence else [])]
-    tree = config.compose("train", chosen, config_dirs)
+    tree = composed(tuple(chosen), tuple(config_dirs))
     loss = config.find("align_cli.losses", tree["algo"]["name"], "algo")
     module = importlib.import_module(loss.__module__)
     optimum = vars(module).get("optimum")
     kind = _kind(tree, loss)
-    posed = _POSE[kind](world, asked(loss), name)
+    posed = _POSE[kind](world)
     settings = [*chosen, *_settings(tree, kind)]
     label = f"{name} {divergence}" if divergence else name
     rests: list[tuple[Callable[..., Tensor], Tensor]] = []
     # Where the first options put the optimum out of reach of any policy, those that are all 1 may not.
     for options in _options(loss, optimum, kind):
         given = [*settings, *(f"algo.{key}={value}" for key, value in options.items())]
-        checked = experiment.read(config.compose("train", [*given, *_PLACEHOLDERS], config_dirs))
+        checked = experiment.read(composed((*given, *_PLACEHOLDERS), tuple(config_dirs)))
         columns = {**posed.columns, **_of_experiment(checked, world, posed.columns)}
         wanted, (statement, source) = _optimum(checked, optimum, columns)
         problem = Problem(
@@ -247,7 +253,7 @@ def _all(world: World) -> Tensor:
     return torch.arange(len(world.texts)).expand(len(world.prompts), -1)
 
 
-def _pairs(world: World, columns: Sequence[str], name: str) -> _Data:
+def _pairs(world: World) -> _Data:
     """Comparisons of one response with each other one: without a cycle, there are scores for any shares of wins."""
     random = torch.Generator().manual_seed(1)
     rows: list[dict[str, Any]] = []
@@ -265,7 +271,7 @@ def _pairs(world: World, columns: Sequence[str], name: str) -> _Data:
     return _Data(rows, {**_base(world, _all(world)), **given}, _all(world))
 
 
-def _groups(world: World, columns: Sequence[str], name: str) -> _Data:
+def _groups(world: World) -> _Data:
     """All responses of a prompt in one group, each as often as it has parts: samples of the reference without noise."""
     drawn = [candidates(parts) for parts in world.parts]
     places = torch.stack(drawn)
@@ -277,7 +283,7 @@ def _groups(world: World, columns: Sequence[str], name: str) -> _Data:
     return _Data(rows, {**_base(world, places), "rewards": rewards.gather(-1, places)}, places)
 
 
-def _demonstrations(world: World, columns: Sequence[str], name: str) -> _Data:
+def _demonstrations(world: World) -> _Data:
     """Single responses, in other shares than the reference's."""
     parts = torch.stack([random_parts(len(world.texts), 100 + place) for place in range(len(world.prompts))])
     rows = [
@@ -289,7 +295,7 @@ def _demonstrations(world: World, columns: Sequence[str], name: str) -> _Data:
     return _Data(rows, {**_base(world, _all(world)), "shares": shares}, _all(world))
 
 
-def _samples(world: World, columns: Sequence[str], name: str) -> _Data:
+def _samples(world: World) -> _Data:
     """Prompts alone."""
     rows = [{"prompt": prompt} for prompt in world.prompts]
     return _Data(rows, _base(world, _all(world)), _all(world))
