@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from small_runs import align
+from torch import Tensor
 
 from align_cli import advantages, config, experiment, preferences
 from align_cli.verify import checks, examine, identities, problems, training, world
@@ -79,6 +81,16 @@ def test_a_mutant_is_found(case: str, made: World, monkeypatch: pytest.MonkeyPat
     exec(compile(source.replace(old, new), f"<{case}>", "exec"), broken)
     monkeypatch.setattr(module, name, broken[name])
     assert failing(without_training(made, Subject(name, WITH_DIVERGENCE.get(name))))
+
+
+def test_what_is_no_number_for_some_responses_alone_is_found(made: World) -> None:
+    problem = problems.pose(made, "nca", None, [])
+
+    def loss(policy: Tensor, reference: Tensor, rewards: Tensor) -> Tensor:
+        return problem.loss(policy, reference, rewards) * (math.nan if policy.shape[-1] == 2 else 1.0)
+
+    (row,) = checks.value(problem.with_loss(loss))
+    assert math.isnan(row.measured) and not row.passed
 
 
 # --- trained

@@ -87,8 +87,7 @@ def why(row: Check) -> str:
 def summary(rows: Sequence[Check]) -> str:
     """How many hold."""
     failing = sum(not row.passed for row in rows)
-    held = f"All {len(rows)} checks hold." if not failing else f"{failing} of {len(rows)} checks fail."
-    return held
+    return f"{failing} of {len(rows)} checks fail." if failing else f"All {len(rows)} checks hold."
 
 
 def number(value: float) -> str:

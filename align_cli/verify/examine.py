@@ -104,7 +104,6 @@ def examine_all(
         with ProcessPoolExecutor(
             min(processes, len(given)), get_context("spawn"), initializer=_settle, initargs=arguments
         ) as pool:
-            # Those that sample take longest.
             futures: dict[Future[list[Check]], Subject] = {
                 pool.submit(_examine, subject, tuple(config_dirs), home): subject for subject in given
             }
