@@ -79,9 +79,9 @@ def prepare(
         drawn = sampler.attempt(asked[start : start + CHUNK], (seed, NUMBER), samples=responses)
         found |= {name_of(each): each.ratings for each in drawn if isinstance(each, Group)}
         bad += [each for each in drawn if isinstance(each, Unrated)]
-        sampler.judge(bad, of=len(wanted))
         if found and distributed.rank() == 0:
             _write(path, found)
+        sampler.judge(bad, of=len(wanted))
         if start + CHUNK < len(asked):
             say(f"{start + CHUNK:,} of {len(asked):,} prompts have their baseline responses")
     sampler.spent.clear()

@@ -169,6 +169,18 @@ def test_a_prompt_without_baselines_or_greedy_rating_is_left_out(model: Path, tm
         assert all(name in group.given for group in left)
 
 
+def test_baselines_are_kept_even_where_too_many_prompts_have_none(model: Path, tmp_path: Path) -> None:
+    asked, said = prompts(model, "1+2=", "34+5=", "6+78="), list[str]()
+    named: Any = {"responses": 2, "seed": 0, "origin": "", "say": said.append, "kept": tmp_path}
+    strict, tolerant = (
+        sampler(model, lambda prompt, response: 1 / (prompt != "34+5="), bad_ratings=share) for share in (0.2, 0.4)
+    )
+    with pytest.raises(RunError, match="1 of 3 prompts have no ratings"):
+        baselines.prepare(strict, asked, **named)
+    assert len(baselines.prepare(tolerant, asked, **named).found) == 2
+    assert "2 found, 1 to draw" in said[-1]
+
+
 def failing(prompt: str, response: str) -> float:
     """1 where a response begins with a low digit; fails on prompts that begin with 1."""
     return float(response[:1] in "01234") / (not prompt.startswith("1"))
