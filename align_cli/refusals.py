@@ -122,6 +122,12 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
             "itself. f-DPG alone weighs those of another distribution, and knows by its target when to renew it; "
             "proposal=null would be right."
         )
+    if tree.get("proposal") and tree["source"]["temperature"] != 1:
+        problems.append(
+            f"proposal={tree['proposal']['name']} source.temperature={tree['source']['temperature']}: what is drawn "
+            "and the policy are then two distributions even where the proposal has just been renewed, so that their "
+            "distances to the target do not say when to renew it. source.temperature=1 would be right."
+        )
     if target and link is not None and link.limit == math.inf and target.get("floor") == 0:
         problems.append(
             f"algo={algorithm} divergence={tree['divergence']['name']} target={target['name']}: it is infinite where "

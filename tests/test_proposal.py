@@ -200,6 +200,7 @@ def test_sampling_leaves_the_policy_as_it_is(model: Path, rows: Path, tmp_path: 
         (["algo=rloo"], "algo=rloo proposal=adaptive: rloo learns from samples of the policy itself"),
         (["algo=dpo", "source=rollout", "reference=frozen"], "dpo learns from samples of the policy itself"),
         (["algo=nca", "scorer=null"], "proposal=adaptive: nothing reads it with source=dataset"),
+        (["algo=fdpg", "divergence=js", "source.temperature=1.5"], "proposal=adaptive source.temperature=1.5: what is"),
         (["algo=fdpg", "divergence=js", "proposal.every=0"], "proposal.every=0"),
         (["algo=fdpg", "divergence=js", "+proposal.steps=3"], "proposal.steps"),
     ],
