@@ -53,7 +53,7 @@ class Proposal:
         self.every = every
         self.updates = 0
         self.steps = 0  # since the last decision
-        self.step: dict[str, float] = dict.fromkeys(SEEN, 0.0)
+        self.step: list[Tensor] = []  # (5,) of each micro-batch since the last step
         self.window: dict[str, float] = dict.fromkeys(SEEN, 0.0)
         with engine.parts() as weights:
             self.weights = {
@@ -83,16 +83,14 @@ class Proposal:
         policy, behavior, target = (columns[name][known] for name in ("policy", "behavior", "target"))
         sample = (behavior, target, columns["log_z"][known])
         weight = ratio(policy, behavior).double()
-        found: dict[str, Tensor] = {
+        found = {
             "proposal": by_samples(behavior, *sample, divergence=self.divergence).sum(),
             "policy": by_samples(policy, *sample, divergence=self.divergence).sum(),
             "prompts": known.sum(),
             "weights": weight.sum(),
             "squares": weight.square().sum(),
         }
-        seen = torch.stack([value.double() for value in found.values()]).tolist()
-        for name, value in zip(found, seen, strict=True):
-            self.step[name] += value
+        self.step.append(torch.stack([found[name].double() for name in SEEN]))
 
     def settle(self) -> dict[str, float]:
         """End a step, and renew q if this is due and the samples say so; every rank calls it.
@@ -102,9 +100,10 @@ class Proposal:
             since the last decision; proposal/ess, the effective number of this step's samples as ones of the policy,
             (Σ w)²/Σ w² of w = π/q; proposal/updates.
         """
-        every = distributed.gather(self.step)
-        step = {name: sum(each[name] for each in every) for name in SEEN}
-        self.step = dict.fromkeys(SEEN, 0.0)
+        # One wait for the device; a rank may have had nothing to see.
+        mine: list[float] = torch.stack(self.step).sum(0).tolist() if self.step else [0.0] * len(SEEN)
+        step = dict(zip(SEEN, map(sum, zip(*distributed.gather(mine), strict=True)), strict=True))
+        self.step = []
         self.window = {name: self.window[name] + step[name] for name in SEEN}
         self.steps += 1
         found: dict[str, float] = {}
