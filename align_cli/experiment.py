@@ -143,12 +143,10 @@ class Experiment:
     @property
     def starts_on_policy(self) -> bool:
         """Whether the first step is drawn from the very policy that learns from it: a proposal starts as the policy."""
-        return self.measured_as_drawn and not isinstance(self.source, FromKept)
-
-    @property
-    def measured_as_drawn(self) -> bool:
-        """Whether the policy is measured at the temperature of the samples."""
-        return isinstance(self.source, FromPolicy) and (self.source.temperature == 1 or self.tempered)
+        source = self.source
+        if not isinstance(source, FromPolicy) or isinstance(source, FromKept):
+            return False
+        return source.temperature == 1 or self.tempered
 
     @property
     def tempered(self) -> bool:
@@ -682,18 +680,18 @@ def column_makers(experiment: Experiment) -> dict[str, str]:
     asked = columns.asked(experiment.loss)
     own = {"scores": "the reward model, with gradient", "values": "the policy's critic, with gradient"}
     table = {name: own.get(name, "the policy, with gradient") for name in asked if name in columns.POLICY}
-    sampled = isinstance(experiment.source, FromPolicy)
+    source = experiment.source
     table |= {name: f"data={tree['data']['name']}" for name in ("lengths", "mask") if name in asked}
     sampler = "the sampler" if experiment.proposal is None else f"proposal={experiment.proposal.name}, the sampler"
-    kept = isinstance(experiment.source, FromKept)
-    sampler = f"source=replay: {experiment.source.path}" if isinstance(experiment.source, FromKept) else sampler
+    rated = f"scorer={tree['scorer']['name']}" if tree.get("scorer") else "the first feature"
+    if isinstance(source, FromKept):
+        sampler = rated = f"source=replay: {source.path}"
     table |= {name: sampler for name in ("behavior", "behavior_tokens") if name in asked}
     table |= {"old_values": "the critic before the first update"} if "old_values" in asked else {}
     if experiment.contrast is not None:
         table["baselines"] = f"{experiment.contrast.responses} responses of the starting model"
     if "ratings" in asked or "rewards" in experiment.made or "target" in experiment.made:
-        scorer = f"scorer={tree['scorer']['name']}" if tree.get("scorer") else "the first feature"
-        table["ratings"] = sampler if kept else scorer if sampled else f"data={tree['data']['name']}"
+        table["ratings"] = rated if isinstance(source, FromPolicy) else f"data={tree['data']['name']}"
     if isinstance(experiment.scorer, FromEnsemble):
         table["spread"] = f"{len(experiment.scorer.paths)} reward models"
     if experiment.moments is not None:

@@ -144,15 +144,7 @@ SOURCES: dict[str, type[FromDataset] | type[FromPolicy]] = {
 }
 # What rates responses and is no function of texts.
 RATERS: dict[str, type[FromModel] | type[FromEnsemble]] = {"model": FromModel, "ensemble": FromEnsemble}
-PARTS = (
-    "algo",
-    "divergence",
-    "reward",
-    "scorer",
-    "target",
-    "proposal",
-    "advantage",
-    "kl",
-)  # sections that choose a part
+# Sections that choose a part.
+PARTS = ("algo", "divergence", "reward", "scorer", "target", "proposal", "advantage", "kl")
 PROPOSALS: dict[str, type[Adaptive]] = {"adaptive": Adaptive}
 PENALTIES: dict[str, type[FixedKL] | type[AdaptiveKL]] = {"fixed": FixedKL, "adaptive": AdaptiveKL}
