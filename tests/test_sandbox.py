@@ -38,6 +38,17 @@ def box() -> Sandbox:
 
 
 @linux
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs util-linux, to ask what this system allows")
+def test_namespaces_are_used_wherever_the_system_allows_them() -> None:
+    """Without this, the tests below would be skipped where the sandbox is broken."""
+    asked = ["unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork"]
+    asked += [] if os.getuid() == 0 else ["--user"]
+    if subprocess.run([*asked, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this system allows no namespaces")
+    assert sandbox.opened(OPTIONS).level == "namespaces"
+
+
+@linux
 def test_a_right_program_passes_and_wrong_ones_say_what_is_wrong(box: Sandbox) -> None:
     assert box.run(RIGHT, TESTS) == Verdict("passed", "")
     assert box.run(RIGHT.replace("+", "-"), TESTS).why == "failed"
@@ -188,6 +199,35 @@ except OSError:
     assert reaches(box, program) == "[]"
     assert kept.read_text() == "kept"
     assert os.path.exists(os.__file__)
+
+
+@linux
+def test_all_that_a_program_sees_but_its_folder_is_mounted_read_only(box: Sandbox) -> None:
+    """Also for a user who would own the files."""
+    if box.level != "namespaces":
+        pytest.skip(f"not promised here: {box.isolation}")
+    program = """
+import os, sys
+paths = ["/", "/usr", sys.prefix, os.path.dirname(os.__file__)]
+found = [path for path in paths if os.path.exists(path) and not os.statvfs(path).f_flag & os.ST_RDONLY]
+"""
+    assert reaches(box, program) == "[]"
+
+
+@linux
+def test_there_are_no_more_processes_than_allowed(box: Sandbox) -> None:
+    program = """
+import os, time
+found = 0
+while found < 50:
+    try:
+        if os.fork() == 0:
+            time.sleep(1000)
+    except OSError:
+        break
+    found += 1
+"""
+    assert int(reaches(box, program)) == OPTIONS.processes - 1
 
 
 @linux

@@ -143,7 +143,7 @@ def _run(sandbox: Sandbox, tasks: Sequence[Task], programs: Sequence[Sequence[st
         return sandbox.run(f"{tasks[place].before}\n{program}", tasks[place].tests)
 
     told: dict[tuple[int, str], Verdict] = {}
-    with terminal.counter() as progress, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with terminal.counter() as progress, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for asked, verdict in zip(order, pool.map(one, order), strict=True):
             told[asked] = verdict
             progress("running", len(told), len(order))

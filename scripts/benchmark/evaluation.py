@@ -115,9 +115,7 @@ def main(arguments: Sequence[str]) -> int:
             tiny.build(Path(folder), alphabet=alphabet, **shape)
             both = sides(Path(folder), asked, batch=given.batch, new_tokens=given.new_tokens)
             spent, same = alternate(both, given.repeats)
-        ratio = results.spread(
-            [theirs / ours for ours, theirs in zip(spent["align"], spent["lm-eval"], strict=True)]
-        )
+        ratio = results.spread([theirs / ours for ours, theirs in zip(spent["align"], spent["lm-eval"], strict=True)])
         told["cases"][name] = {"seconds": spent, "ratio": ratio, "same": same, **shape}
         say(
             f"{name} ({hidden} wide, {layers} layers): {ratio['median']:.2f} ({ratio['min']:.2f} to "
