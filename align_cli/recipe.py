@@ -307,7 +307,9 @@ def load(name: str) -> Recipe:
     name, path = find(name)
     node = _read(path)
     problems: list[str] = []
-    file = _checked(_File, node, "", problems)
+    _checked(_File, node, "", problems)
+    known = {key: value for key, value in node.items() if key in config.options(_File)}
+    file: _File | None = _checked(_File, known, "", [])  # an unknown key does not hide what else is wrong
     scales: dict[str, Scale] = {}
     expect: list[Expectation] = []
     draw: list[Drawing] = []
@@ -321,7 +323,7 @@ def load(name: str) -> Recipe:
         if not file.expect:
             problems.append("expect=[]: a recipe claims something.")
         for place, each in enumerate(file.draw or []):
-            draw += _drawing(each, f"draw[{place}]", problems)
+            draw += _drawing(each, f"draw[{place}]", scales, problems)
         if file.paper_figure is not None:
             figure = _checked(PaperFigure, file.paper_figure, "paper_figure", problems)
     if problems:
@@ -533,14 +535,23 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
-def _drawing(node: Any, where: str, problems: list[str]) -> list[Drawing]:
+def _drawing(node: Any, where: str, scales: Mapping[str, Scale], problems: list[str]) -> list[Drawing]:
     if not isinstance(node, Mapping) or len(node) != 1 or next(iter(node)) not in DRAWINGS:
         told = ", ".join(f"{{{name}: {{...}}}}" for name in DRAWINGS)
         problems.append(f"{where}={config.shown(node)}: one of {told} would be right.")
         return []
     ((kind, options),) = node.items()
-    found = _checked(DRAWINGS[kind], options, f"{where}.{kind}", problems)
-    return [] if found is None else [found]
+    found: Drawing | None = _checked(DRAWINGS[kind], options, f"{where}.{kind}", problems)
+    if found is None:
+        return []
+    there = [run.name for scale in scales.values() for run in scale.runs]
+    named = [] if isinstance(found, Lines) else found.runs or []
+    problems += [
+        f"{where}.{kind}.runs: {name}: no such run at any scale.{config.did_you_mean(name, there)}"
+        for name in named
+        if name not in there and len(scales) == len(SCALES)
+    ]
+    return [found]
 
 
 # --- composing

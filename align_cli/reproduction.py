@@ -196,7 +196,6 @@ class _Running:
     step: int  # which of the job's commands
     slot: int
     log: Path
-    begun: float
 
 
 def run(planned: Sequence[Job], folder: Path, *, room: int, say: Callable[[str], None]) -> dict[Path, State]:
@@ -273,10 +272,16 @@ def _started(job: Job, step: int, slot: int, folder: Path, room: int) -> _Runnin
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(job.ranks, room))}
     if torch.cuda.device_count():
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus(slot, job.ranks, os.environ.get("CUDA_VISIBLE_DEVICES")))
-    with open(log, "ab" if step else "wb") as file:
-        command = [sys.executable, "-m", "align_cli.cli", *job.commands[step]]
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-    return _Running(job, process, step, slot, log, time.monotonic())
+    if not step:
+        log.unlink(missing_ok=True)
+    return _Running(job, _process(job.commands[step], environment, log), step, slot, log)
+
+
+def _process(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """`align` with these arguments; what it says goes to the end of `log`."""
+    command = [sys.executable, "-m", "align_cli.cli", *arguments]
+    with open(log, "ab") as file:
+        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
 
 def _threads(ranks: int, room: int) -> str:

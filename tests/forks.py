@@ -22,7 +22,7 @@ class Forks:
     def __init__(self, log: Path) -> None:
         self.log = log
         self.server = subprocess.Popen(
-            [sys.executable, __file__, str(log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._ask("ready")
 
@@ -32,9 +32,9 @@ class Forks:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, *arguments: str) -> int:
-        """Start `align` with these arguments; returns its process number."""
-        return self._ask("start", arguments)
+    def start(self, *arguments: str, log: Path | None = None) -> int:
+        """Start `align`, its words going to `log` or to that of all; returns its process number."""
+        return self._ask("start", arguments, str(log or self.log))
 
     def ended(self, child: int) -> int:
         """Wait for a child; its exit code, or minus the signal that ended it."""
@@ -56,7 +56,7 @@ class Forks:
         self.server.communicate()
 
 
-def serve(log: Path) -> None:
+def serve() -> None:
     """Answer the test's questions until it goes away."""
     import accelerate  # noqa: F401
     import deepspeed  # noqa: F401
@@ -72,7 +72,7 @@ def serve(log: Path) -> None:
         what, *given = json.loads(line)
         answer = 0
         if what == "start":
-            answer = fork(given[0], log)
+            answer = fork(given[0], Path(given[1]))
         if what == "wait":
             answer = os.waitstatus_to_exitcode(os.waitpid(given[0], 0)[1])
         print(json.dumps(answer), flush=True)
@@ -103,4 +103,4 @@ def fork(arguments: Sequence[str], log: Path) -> int:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve()

@@ -1,0 +1,306 @@
+"""A reproduction: side by side, resumed, with runs that fail, and its claims judged by what was measured."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from forks import Forks
+from small_runs import SETTINGS, align
+
+from align_cli import exits, recipe, reproduction, rundir, terminal
+from align_cli.claims import Range
+from align_cli.recipe import Expectation
+from align_cli.reproduction import judge
+
+
+class Forked:
+    """What `subprocess.Popen` gives, of a child of the server that forks."""
+
+    def __init__(self, forks: Forks, arguments: tuple[str, ...], log: Path) -> None:
+        self.forks = forks
+        self.pid = forks.start(*arguments, log=log)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, once it has ended."""
+        state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] if not self._known else ""
+        if state == "Z":
+            self.returncode = self.forks.ended(self.pid)
+        return self.returncode
+
+    @property
+    def _known(self) -> bool:
+        return self.returncode is not None
+
+    def kill(self) -> None:
+        """As `Popen` has it."""
+        self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, number: int) -> None:
+        """As `Popen` has it."""
+        os.kill(self.pid, number)
+
+
+@pytest.fixture
+def forked(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Jobs are forked in milliseconds; what was started."""
+    started: list[tuple[str, ...]] = []
+
+    def process(arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> Any:
+        started.append(arguments)
+        return Forked(forks, arguments, log)
+
+    monkeypatch.setattr(reproduction, "_process", process)
+    return started
+
+
+CLAIM = {"kind": "ours", "source": "here", "scale": "both"}
+EXACT = {**CLAIM, "kind": "exact"}
+
+
+@pytest.fixture
+def written(tiny_model: Path, ragged_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe of two runs whose two seeds take a second each; the tests work in its folder."""
+    monkeypatch.chdir(tmp_path)
+    common = [*SETTINGS, f"model.path={tiny_model}", f"data.path={ragged_file}", "train.steps=2", "eval.groups=2"]
+    scale = {
+        "cost": "seconds",
+        "seeds": 2,
+        "common": common,
+        "runs": {"dpo": ["algo=dpo", "data.pairs=best_random"], "nca": ["algo=nca"]},
+        "departures": ["It is small."],
+    }
+    expect = [
+        {"claim": "Two steps.", "figure": "steps", "of": "dpo", "is": {"equal": {"value": 2, "tolerance": 0}}, **EXACT},
+        {
+            "claim": "NCA starts at 2 log 2.",
+            "figure": "loss/first",
+            "of": "nca",
+            "is": {"within": [1.386, 1.387]},
+            **EXACT,
+        },
+        {
+            "claim": "It is what it is.",
+            "figure": "loss/last",
+            "of": "nca",
+            "less": "dpo",
+            "is": {"equal": "unknown"},
+            **CLAIM,
+        },
+    ]
+    whole = {"title": "A title", "paper": "none", "scales": {"tiny": scale, "paper": scale}, "expect": expect}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(whole), encoding="utf-8")
+    return path
+
+
+def results() -> dict[str, Any]:
+    """What was written."""
+    return json.loads(Path("out", reproduction.RESULTS).read_text())
+
+
+def reproduce(*more: str) -> int:
+    """The command on the recipe; whole paths, as the server of forked jobs has another working directory."""
+    return align("reproduce", "mine.yaml", f"dir={Path('out').absolute()}", *more)
+
+
+def test_a_recipe_is_run_side_by_side_judged_and_found_again(
+    written: Path, forked: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most: list[int] = []
+    plain = reproduction._started
+
+    def noted(*given: Any) -> Any:
+        running = plain(*given)
+        most.append(running.slot)
+        return running
+
+    monkeypatch.setattr(reproduction, "_started", noted)
+    assert reproduce("jobs=2") == exits.DONE
+    told = capsys.readouterr()
+    assert set(most) == {0, 1} and len(forked) == 4
+    assert "[4/4]" in told.err and "4 jobs, 2 at a time" in told.err
+    assert "departs: It is small." in told.out and "unknown" in told.out
+    found = results()
+    first, start, difference = found["expectations"]
+    assert (first["verdict"], first["values"]) == ("holds", {"0": 2.0, "1": 2.0})
+    assert start["verdict"] == "holds"
+    last = {name: rundir.read_summary(Path(f"out/runs/{name}/seed=1")) for name in ("dpo", "nca")}
+    assert difference["values"]["1"] == last["nca"]["loss/last"] - last["dpo"]["loss/last"]  # pyright: ignore
+    assert difference["verdict"] == "unknown" and difference["low"] <= difference["estimate"] <= difference["high"]
+    assert found["runs"]["nca"]["seeds"]["1"]["dir"] == "runs/nca/seed=1"
+    assert found["runs"]["nca"]["seeds"]["1"]["figures"] == last["nca"]
+    assert found["seeds"] == [0, 1] and found["departures"] == ["It is small."]
+
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("summary.json")}
+    assert reproduce("--json") == exits.DONE
+    assert json.loads(capsys.readouterr().out)["expectations"] == found["expectations"]
+    shutil.rmtree("out/runs/dpo/seed=1")
+    assert reproduce() == exits.DONE
+    assert len(forked) == 5
+    assert "3 of 4 jobs are finished already" in capsys.readouterr().err
+    after = {path: path.stat().st_mtime_ns for path in Path("out").rglob("summary.json")}
+    assert {path.parent.parent.name for path in after if after[path] != before[path]} == {"dpo"}
+    assert results()["seconds"] > found["seconds"]
+
+    # the printed command is the run's own, to be given from the reproduction's folder
+    given = shlex.split(found["runs"]["dpo"]["command"])
+    assert given[:2] == ["align", "train"] and "run.dir='runs/dpo/seed=0'" in given
+    monkeypatch.chdir("out")
+    assert align(*given[1:]) == exits.DONE
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_a_reproduction_that_a_signal_stops_goes_on(
+    written: Path, forked: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def say(text: str) -> None:
+        if text.startswith("[1/4]"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal, "say", say)
+        assert reproduce("jobs=1") == exits.STOPPED
+    states = [seed["state"] for run in results()["runs"].values() for seed in run["seeds"].values()]
+    assert states.count("done") == 1 and "not started" in states
+    assert {each["verdict"] for each in results()["expectations"]} <= {"holds", "undecided", "unknown"}
+    assert reproduce("jobs=2") == exits.DONE
+    done = [seed["state"] for run in results()["runs"].values() for seed in run["seeds"].values()]
+    assert done == ["done"] * 4
+
+
+def test_a_run_that_fails_is_told_and_the_others_are_judged(
+    written: Path, forked: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = yaml.safe_load(written.read_text())
+    runs = whole["scales"]["tiny"]["runs"]
+    runs["dpo"] += ["train.lr=1e30", "optimizer.max_grad_norm=null", "train.steps=6"]
+    runs["after"] = ["algo=nca", "model.path=<dpo>/model"]
+    whole["expect"].append(
+        {"claim": "It waits.", "figure": "loss/last", "of": "after", "is": {"below": 1}, **CLAIM, "scale": "tiny"}
+    )
+    written.write_text(yaml.safe_dump(whole))
+    assert reproduce("seeds=1", "jobs=2") == exits.FAILED
+    verdicts = [(each["verdict"], each["why"]) for each in results()["expectations"]]
+    assert verdicts[0][0] == "failed" and re.search(r"dpo: .*is not finite|dpo: .*is nan", verdicts[0][1])
+    assert verdicts[1][0] == "holds"
+    assert verdicts[2][0] == "failed"
+    assert verdicts[3][0] == "failed" and "it reads dpo, which failed" in verdicts[3][1]
+    told = capsys.readouterr()
+    assert "failed" in told.out and "after seed 0: failed" in told.err
+    assert len(forked) == 2
+
+
+def test_a_job_s_process_speaks_into_its_log(tmp_path: Path) -> None:
+    process = reproduction._process(["train", "algo=nothing"], dict(os.environ), tmp_path / "log")
+    assert process.wait() == exits.USER
+    assert "algo=nothing: no such choice" in reproduction._last_words(tmp_path / "log", exits.USER)
+
+
+def test_a_folder_with_other_runs_is_left_alone(
+    written: Path, forked: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reproduce("seeds=1") == exits.DONE
+    whole = yaml.safe_load(written.read_text())
+    whole["scales"]["tiny"]["common"].append("train.lr=0.5")
+    written.write_text(yaml.safe_dump(whole))
+    assert reproduce("seeds=1") == exits.USER
+    assert "another configuration: train.lr" in capsys.readouterr().err
+    with rundir.lock(Path("out")):
+        written.write_text(yaml.safe_dump({**whole, "title": "x"}))
+        whole["scales"]["tiny"]["common"].pop()
+        written.write_text(yaml.safe_dump(whole))
+        assert reproduce("seeds=1") == exits.USER
+    assert "is in use by process" in capsys.readouterr().err
+    assert len(forked) == 2
+
+
+@pytest.mark.parametrize("scale", recipe.SCALES)
+def test_a_plan_prints_the_commands_and_starts_nothing(
+    scale: str,
+    forked: list[tuple[str, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert align("reproduce", "nca/figure5", f"scale={scale}", "--plan") == exits.DONE
+    told = capsys.readouterr().out
+    assert "align train " in told and "run.seed=0" in told and "optimizer steps" in told and "rank(s)" in told
+    assert forked == [] and list(tmp_path.iterdir()) == []
+
+
+def test_what_is_asked_wrongly_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {
+        (): "align reproduce NAME",
+        ("nca/figure5", "nca/figure5"): "one recipe at a time",
+        ("nca/figure5", "scale=large"): "scale=large: tiny or paper",
+        ("nca/figure5", "seeds=0"): "seeds=0: a whole number from 1",
+        ("nca/figure5", "jobs=x"): "jobs=x: a whole number from 1",
+        ("nca/figure5", "sedes=3"): "Did you mean 'seeds'?",
+        ("nca/figure5", "--paln"): "Did you mean '--plan'?",
+        ("nca/figure5", "dir="): "dir=: a folder",
+        ("nca/figgure5",): "Did you mean 'nca/figure5'?",
+    }
+    for given, told in wrong.items():
+        assert align("reproduce", *given) == exits.USER
+        assert told in capsys.readouterr().err, given
+
+
+def test_the_list_names_every_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    assert align("reproduce", "--list") == exits.DONE
+    told = capsys.readouterr().out
+    assert all(name in told for name in recipe.names()) and "refused" not in told
+
+
+# --- judging
+
+
+def expectation(**changes: Any) -> Expectation:
+    whole = {"claim": "c", "figure": "f", "of": None, "less": None, "over": None, "kind": "paper", "source": "s"}
+    return Expectation(**{**whole, "scale": "tiny", "wanted": Range(float("-inf"), 0.0, True), **changes})
+
+
+def test_a_difference_is_paired_by_seed() -> None:
+    """Of 5, 6, 7, 8, 9 less 6, 7, 8, 9, 10 every pair differs by −1, although the two spread widely."""
+    found = {"a": {n: {"f": 5.0 + n} for n in range(5)}, "b": {n: {"f": 6.0 + n} for n in reversed(range(5))}}
+    outcome = judge(expectation(of="a", less="b"), found, {})
+    assert outcome.values == dict.fromkeys(range(5), -1.0)
+    assert (outcome.judged.low, outcome.judged.high, outcome.judged.verdict) == (-1, -1, "holds")
+
+
+@pytest.mark.parametrize("wanted, verdict", [("rising", "holds"), ("falling", "does not hold")])
+def test_a_trend_is_the_slope_of_each_seed(wanted: str, verdict: str) -> None:
+    found = {name: {n: {"f": n + 2.0 * place} for n in range(5)} for place, name in enumerate("abc")}
+    outcome = judge(expectation(over=["a", "b", "c"], wanted=wanted), found, {})
+    assert set(outcome.values.values()) == {2.0} and outcome.judged.verdict == verdict
+
+
+def test_a_figure_that_a_seed_lacks_leaves_the_claim_undecided() -> None:
+    found = {"a": {n: {"f": -1.0} for n in range(6)}}
+    del found["a"][2]["f"]
+    outcome = judge(expectation(of="a"), found, {})
+    assert outcome.judged.verdict == "undecided" and outcome.judged.why == "1 of 6 seeds have no such figure"
+    assert outcome.judged.estimate == -1
+
+
+def test_a_study_s_figures_have_the_run_in_their_name() -> None:
+    found = {"study": {n: {"js/f": 1.0, "kl/f": 2.0, "f": -3.0} for n in range(5)}}
+    assert judge(expectation(of="js", less="kl"), found, {}).judged.estimate == -1
+    assert judge(expectation(), found, {}).judged.estimate == -3
+
+
+def test_jobs_side_by_side_have_gpus_of_their_own() -> None:
+    assert reproduction.gpus(0, 2, "4,5,6,7") == ["4", "5"]
+    assert reproduction.gpus(1, 2, "4,5,6,7") == ["6", "7"]
