@@ -225,8 +225,8 @@ def run(planned: Sequence[Job], folder: Path, *, room: int, say: Callable[[str],
 
     def ended(job: Job, state: State) -> None:
         states[job.folder] = state
-        done = sum(each in ("done",) or each.startswith("failed") for each in states.values())
-        say(f"[{done}/{len(planned)}] {job.run} seed {job.seed}: {state}; {_minutes(time.monotonic() - begun)}")
+        done = sum(each == "done" or each.startswith("failed") for each in states.values())
+        say(f"[{done}/{len(states)}] {job.run} seed {job.seed}: {state}; {_minutes(time.monotonic() - begun)}")
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -248,7 +248,9 @@ def run(planned: Sequence[Job], folder: Path, *, room: int, say: Callable[[str],
                 if any(state.startswith("failed") for state in missing):
                     waiting.remove(job)
                     ended(job, f"failed: it reads {', '.join(_short(job, states))}, which failed")
-                elif not missing and len(running) < room:
+                elif states[job.folder] != "not started":  # another run of the recipe computes the same
+                    waiting.remove(job)
+                elif not missing and len(running) < room and job.folder not in [each.job.folder for each in running]:
                     waiting.remove(job)
                     free = min(set(range(room)) - {each.slot for each in running})
                     running.append(_started(job, 0, free, folder, room))
@@ -415,7 +417,7 @@ def results(
         "scale": reproduction.scale.name,
         "shrunken": reproduction.shrunken,
         "seeds": list(reproduction.seeds),
-        "commit": rundir.git_revision(),
+        "commit": _commit(planned),
         "machine": machine(),
         "versions": rundir.versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -438,6 +440,13 @@ def results(
         ],
         "departures": list(reproduction.scale.departures),
     }
+
+
+def _commit(planned: Sequence[Job]) -> str | None:
+    """The commit that the runs were made from, several where they were made at different times."""
+    files = [job.folder / rundir.ENV for job in planned if (job.folder / rundir.ENV).is_file()]
+    made = [json.loads(file.read_text(encoding="utf-8"))["git"] for file in files] or [rundir.git_revision()]
+    return ", ".join(dict.fromkeys(filter(None, made))) or None
 
 
 def _repeatable(reproduction: Reproduction, job: Job) -> str:

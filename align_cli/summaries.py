@@ -99,7 +99,7 @@ def _evaluated(experiment: Experiment) -> list[str]:
     if isinstance(experiment.source, FromPolicy):
         features = [] if experiment.moments is None else list(experiment.moments.features)
         found += _with_bounds("alignment", *(f"moment/{name}" for name in features))
-        found += ["unrated", *(f"diversity/distinct_{n}" for n in (1, 2, 3))]
+        found += ["unrated", "diversity/self_bleu", *(f"diversity/distinct_{n}" for n in (1, 2, 3))]
         found += [] if experiment.target is None else ["divergence/ess"]
         if experiment.normaliser == "prompt" and experiment.eval.samples < ENOUGH:
             found = [name for name in found if name not in OF_Z]

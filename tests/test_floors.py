@@ -79,7 +79,7 @@ FLOORS = (
         "verify",
         "exits",
     ),
-    ("launch", "worker", "sweep", "recipe", "reproduction", "cli", "commands"),
+    ("launch", "worker", "sweep", "recipe", "reproduction", "reproduction_page", "cli", "commands"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 

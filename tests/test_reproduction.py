@@ -268,7 +268,16 @@ def test_the_list_names_every_recipe(
 
 
 def expectation(**changes: Any) -> Expectation:
-    whole = {"claim": "c", "figure": "f", "of": None, "less": None, "over": None, "kind": "paper", "source": "s"}
+    whole = {
+        "claim": "c",
+        "figure": "f",
+        "since": None,
+        "of": None,
+        "less": None,
+        "over": None,
+        "kind": "paper",
+        "source": "s",
+    }
     return Expectation(**{**whole, "scale": "tiny", "wanted": Range(float("-inf"), 0.0, True), **changes})
 
 

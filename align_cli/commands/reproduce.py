@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_cli import config, exits, experiment, recipe, reproduction, rundir, secrets, terminal
+from align_cli import config, exits, experiment, recipe, reproduction, reproduction_page, rundir, secrets, terminal
 from align_cli.commands import plan
 from align_cli.commands.arguments import FOLDERS, PLUGINS
 from align_cli.commands.listing import print_table
@@ -59,10 +59,12 @@ def main(argv: list[str]) -> int:
         seconds = time.monotonic() - begun + (before["seconds"] if before else 0.0)
         results = reproduction.results(told, planned, states, found, seconds)
         reproduction.write(told.folder, results)
+        where = reproduction_page.write(told, planned, found, results)
     if "--json" in asked.flags:
         terminal.result((told.folder / RESULTS).read_text(encoding="utf-8").rstrip())
     else:
-        show(told, planned, found)
+        show(told, found)
+        terminal.result(f"page in {where}; figures in {told.folder / RESULTS}")
     return code(states)
 
 
@@ -161,8 +163,8 @@ def described(asked: Asked) -> Reproduction:
 # --- what is printed
 
 
-def show(told: Reproduction, planned: Sequence[Job], found: Sequence[Outcome]) -> None:
-    """The claims with their verdicts, and where everything is."""
+def show(told: Reproduction, found: Sequence[Outcome]) -> None:
+    """The claims with their verdicts."""
     rows = [
         [
             each.expectation.claim,
@@ -176,7 +178,6 @@ def show(told: Reproduction, planned: Sequence[Job], found: Sequence[Outcome]) -
     print_table(["claim", "measured", "expected", "verdict"], rows)
     for departure in told.scale.departures:
         terminal.result(f"departs: {departure}")
-    terminal.result(f"results in {told.folder / RESULTS}; runs below {told.folder}")
 
 
 def measured(estimate: float | None, low: float | None, high: float | None) -> str:
