@@ -63,12 +63,24 @@ def architecture(model: Model) -> PretrainedConfig:
         raise UserError(f"model.architecture: {error}; model_type and its sizes would be right.") from error
 
 
+_known: dict[str, Shape] = {}  # of models whose YAML writes their sizes out; counting one takes a second
+
+
 def shape(model: Model, adapter: Adapter, *, scores: bool = False) -> Shape:
     """Count a model's weights without making them.
 
     Args:
         scores: it is to be a reward model, which has a head for scores and none for tokens.
     """
+    if model.architecture is None:
+        return _counted(model, adapter, scores)
+    told = repr((model.architecture, adapter, scores))
+    if told not in _known:
+        _known[told] = _counted(model, adapter, scores)
+    return _known[told]
+
+
+def _counted(model: Model, adapter: Adapter, scores: bool) -> Shape:
     config = architecture(model)
     kind: Any = AutoModelForCausalLM
     if scores:

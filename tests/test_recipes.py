@@ -93,7 +93,7 @@ def test_a_recipe_of_one_s_own_is_a_file(write: Write) -> None:
     assert loaded.scales["tiny"].runs[1].overrides[-1] == "algo.beta=0.1"
     with pytest.raises(UserError, match=r"absent\.yaml: there is no such file"):
         recipe.load("absent.yaml")
-    with pytest.raises(UserError, match="Did you mean 'nca/figure5'"):
+    with pytest.raises(UserError, match="Did you mean 'nca/figure6'"):
         recipe.load("nca/figure6a")
 
 
