@@ -147,6 +147,8 @@ def _wrong_choice(override: Any, command: str, groups: Mapping[str, Sequence[str
     value = None if override.is_delete() else override.value()
     if isinstance(value, Mapping) or (value is None and key in _optional(command)):
         return None
+    if key not in _groups_of(command):
+        return f"{line}: align {command} has no such choice; it has {', '.join(_groups_of(command))}."
     if isinstance(value, str) and value in groups[key]:
         return None
     near = did_you_mean(str(value), groups[key])
@@ -158,6 +160,12 @@ def _optional(command: str) -> set[str]:
     chosen = [next(iter(entry.items())) for entry in _read(command)["defaults"] if isinstance(entry, dict)]
     free = {group for group, choice in chosen if choice is None or group.startswith("optional ")}
     return {group.removeprefix("optional ") for group in free}
+
+
+def _groups_of(command: str) -> list[str]:
+    """The groups that a command chooses from."""
+    chosen = [next(iter(entry)) for entry in _read(command)["defaults"] if isinstance(entry, dict)]
+    return [group.removeprefix("optional ") for group in chosen]
 
 
 def _primary(command: str) -> list[str]:

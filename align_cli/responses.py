@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from align_cli.cache import touch
 from align_cli.journal import Journal, name_of
 
 
@@ -57,6 +58,7 @@ class Responses:
     """
 
     def __init__(self, home: Path, weights: str, sampling: Sampling) -> None:
+        touch(home / weights)
         path = home / weights / f"{name_of(asdict(sampling))[:16]}.jsonl"
         self.journal = Journal(path, costs="responses are kept for this evaluation alone")
 

@@ -13,7 +13,7 @@ from forks import Forks
 from small_runs import align
 
 from align_cli import config, generation, launch, paths, results, rundir, statistics
-from align_cli.commands import evaluate
+from align_cli.commands import completion, evaluate
 from align_cli.errors import UserError
 from align_cli.evals import Item, Result
 from align_cli.evals.reward import wins
@@ -264,6 +264,18 @@ def test_ranks_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert align("evaluate", str(run), "eval=loss", CPU) == 2
+
+
+def test_a_group_of_another_command_is_no_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert align("train", "eval=toy") == 2
+    assert "align train has no such choice" in capsys.readouterr().err
+
+
+def test_what_can_be_typed_is_completed(run: Path) -> None:
+    assert completion.complete("align evaluate x eval=div") == ["eval=divergence", "eval=diversity"]
+    assert "generate.seed=" in completion.complete("align evaluate x gen")
+    assert str(run) in completion.complete(f"align evaluate {run.parent}/")
+    assert "eval=" not in completion.complete("align train ev")
 
 
 def test_one_evaluation_that_fails_does_not_stop_the_others(run: Path, tmp_path: Path) -> None:

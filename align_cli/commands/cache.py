@@ -50,10 +50,11 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def ls(given: argparse.Namespace) -> int:
-    """List reference figures, prepared data and embedded worlds, with their size and when they were last used."""
+    """List reference figures, prepared data, embedded worlds and generated responses, with size and last use."""
     rows = [_reference_row(folder) for folder in references()]
     rows += [_data_row(folder) for folder in _folders(paths.cache() / "data")]
     rows += [["world", folder.name, "", "", "", *_size_and_use(folder)] for folder in _folders(paths.cache() / "world")]
+    rows += [_responses_row(folder) for folder in _folders(paths.cache() / "responses")]
     if not rows:
         terminal.say(f"{paths.cache()} is empty; runs and align score fill it")
         return exits.DONE
@@ -74,6 +75,11 @@ def _reference_row(folder: Path) -> list[str]:
         f"{responses:,} responses",
         *_size_and_use(folder),
     ]
+
+
+def _responses_row(folder: Path) -> list[str]:
+    count = sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
+    return ["responses", folder.name[:12], "", "", f"{count:,} responses", *_size_and_use(folder)]
 
 
 def _data_row(folder: Path) -> list[str]:
@@ -236,7 +242,7 @@ def gc(given: argparse.Namespace) -> int:
     """Remove what killed processes left and damaged shards, merge shards, and remove what was not used for long.
 
     A run that is alive holds a lock on its references and one on the whole cache. References are changed only where
-    their lock is free; data, worlds and digests only where the lock of the whole cache is.
+    their lock is free; data, worlds, responses and digests only where the lock of the whole cache is.
     """
     before = None if given.older_than is None else time.time() - given.older_than * DAY
     dry = given.dry_run
@@ -280,7 +286,8 @@ def _unused(before: float | None) -> Iterator[Path]:
     yield from half
     if before is None:
         return
-    kept = [*_folders(home / "data"), *_folders(home / "world"), *(home / "weights").glob("*.json")]
+    folders = [folder for kind in ("data", "world", "responses") for folder in _folders(home / kind)]
+    kept = [*folders, *(home / "weights").glob("*.json")]
     yield from (path for path in kept if path not in half and path.stat().st_mtime < before)
 
 

@@ -48,14 +48,21 @@ def complete(line: str) -> list[str]:
     if command == "reproduce":
         names = [*recipe.names(), *(f"{key}=" for key in ("scale", "seeds", "jobs", "dir")), "--plan", "--list"]
         return [name for name in names if name.startswith(word)]
-    if command not in ("train", "score", "plan", "data"):
+    if command not in ("train", "score", "plan", "data", "evaluate"):
         return []
+    primary = "evaluate" if command == "evaluate" else "train"
+    if primary == "evaluate":
+        if len(before) == 2:
+            return [name for name in folders(word) if name.startswith(word)]
+        groups = {name: groups[name] for name in ("eval", "suite", "judge", "data", "algo", "scorer")}
+    else:
+        groups = {name: options for name, options in groups.items() if name not in ("eval", "suite", "judge")}
     group, equals, choice = word.partition("=")
     if equals:
         done, _, last = choice.rpartition(",")
         lead = f"{group}={done}," if done else f"{group}="
         return [f"{lead}{option}" for option in groups.get(group, []) if option.startswith(last)]
-    return [f"{name}=" for name in [*groups, *keys()] if name.startswith(word)]
+    return [f"{name}=" for name in [*groups, *keys(primary)] if name.startswith(word)]
 
 
 def words_for(command: str, word: str) -> list[str]:
@@ -66,17 +73,21 @@ def words_for(command: str, word: str) -> list[str]:
     options = {"compare": compare.OPTIONS, "report": report.OPTIONS}[command]
     done, comma, _ = word.rpartition(",")
     figures = [f"{done}{comma}{name}" if comma else f"metric={name}" for name in METRICS]
+    return [*options, *(figures if word.startswith("metric=") else []), *folders(word)]
+
+
+def folders(word: str) -> list[str]:
+    """The folders that a word may become."""
     above = Path(word.rpartition("/")[0] or ("/" if word.startswith("/") else "."))
-    folders = sorted(path for path in above.glob("*") if path.is_dir() and not path.name.startswith("."))
-    return [*options, *(figures if word.startswith("metric=") else []), *map(str, folders)]
+    return sorted(str(path) for path in above.glob("*") if path.is_dir() and not path.name.startswith("."))
 
 
-def keys() -> list[str]:
-    """The keys of the default configuration, with dots."""
+def keys(primary: str) -> list[str]:
+    """The keys of the sections of a primary configuration, with dots."""
     import yaml
 
     from align_cli import paths
 
-    tree = yaml.safe_load((paths.conf() / "train.yaml").read_text(encoding="utf-8"))
+    tree = yaml.safe_load((paths.conf() / f"{primary}.yaml").read_text(encoding="utf-8"))
     sections = {name: value for name, value in tree.items() if isinstance(value, dict)}
     return [f"{section}.{key}" for section, values in sections.items() for key in values]
