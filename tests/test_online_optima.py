@@ -171,27 +171,34 @@ def constrained(world: World, floor: float) -> Tensor:
     return world.start + world.rated(has_ab).clamp(min=floor).log()
 
 
-# Divergence, floor of the target, more settings, and how many times smaller the divergence becomes, at least. What is
-# left is the noise of a hundred samples a step, as measured at most 0.8 of what is allowed. A flipped sign, a free
-# pass for what is excluded, a target without its reference, a Z without its proposal all end above.
-FDPG: dict[str, tuple[str, float, list[str], int]] = {
-    "js": ("js", 0.0, [], 30),
-    "forward_kl": ("forward_kl", 0.0, [], 30),
-    "tv": ("tv", 0.0, [], 6),
-    "reverse_kl": ("reverse_kl", 0.01, ["target.floor=0.01"], 30),
-    "js of hotter samples": ("js", 0.0, ["source.temperature=1.5", "source.samples=256"], 30),
-    "js of a proposal": ("js", 0.0, ["proposal=adaptive"], 20),
-    "js in several updates": ("js", 0.0, ["source.epochs=2", "source.minibatches=2", "train.steps=40"], 30),
+# A run may end as far from the target as a policy of which so much is still the reference; a divergence is convex, so
+# that it is no larger share of the start's. The last tenth of a run's samples decides, 1,280 of a prompt, and the mean
+# KL of so many samples of the 14 responses that have `ab` to their own law is 13/2,560 = 0.005 (Wilks), a thirtieth of
+# the KL that is allowed; its TV is at most 0.05 (Pinsker), a third. What else is left are steps that were not enough. A
+# flipped sign, a free pass for what is excluded, a target without its reference end above; Z is looked at by itself.
+LEFT = 0.2
+
+# Divergence, floor of the target, and more settings.
+FDPG: dict[str, tuple[str, float, list[str]]] = {
+    "js": ("js", 0.0, []),
+    "forward_kl": ("forward_kl", 0.0, []),
+    "tv": ("tv", 0.0, []),
+    "reverse_kl": ("reverse_kl", 0.01, ["target.floor=0.01"]),
+    "js of hotter samples": ("js", 0.0, ["source.temperature=1.5", "source.samples=256"]),
+    "js of a proposal": ("js", 0.0, ["proposal=adaptive"]),
+    "js in several updates": ("js", 0.0, ["source.epochs=2", "source.minibatches=2", "train.steps=40"]),
 }
 
 
 @pytest.mark.parametrize("case", FDPG)
 def test_fdpg_reaches_its_target(case: str, world: World, tmp_path: Path) -> None:
-    divergence, floor, more, times = FDPG[case]
+    divergence, floor, more = FDPG[case]
     wanted, between = constrained(world, floor), BETWEEN[divergence]
     target, rate = wanted.log_softmax(-1), world.rated(has_ab)
-    found = trained(world, tmp_path / "run", *RARE, *LEARN, f"divergence={divergence}", *more)
-    assert between(found, target) < between(world.start, target) / times
+    given = [*RARE, *LEARN, "train.lr=5e-3", f"divergence={divergence}", *more]  # with less, many seeds need more steps
+    found = trained(world, tmp_path / "run", *given)
+    mixed = torch.logaddexp(target + math.log1p(-LEFT), world.start + math.log(LEFT))
+    assert between(found, target) < between(mixed, target)
     # The share of responses that satisfy the constraint is a sum of probabilities, which TV bounds.
     assert ((found.exp() * rate).sum(-1) - (target.exp() * rate).sum(-1)).abs().max() < 0.08
     # Z is a mean of P/q: of the first samples, whose q is the starting model, its relative variance is at most
