@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": machine.machine(),
         "versions": machine.versions(),
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()},
+        "settings": {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()},
         "cases": {},
     }
     for name, (hidden, layers) in SIZES.items():
