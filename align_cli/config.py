@@ -359,7 +359,7 @@ def check(
     Args:
         target: function or dataclass; its keyword-only parameters are the schema.
         node: the section of the configuration.
-        path: the section's key, for messages.
+        path: the section's key, for messages; empty for keys that stand in no section.
         injected: parameters that the program gives, not the configuration.
         more: keys that the section has beside the target's, with their annotations.
     """
@@ -372,7 +372,7 @@ def check(
     fields: dict[str, Any] = {name: (hints[name], ...) for name in names}
     schema = create_model("Options", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
     asked = [str(key) for key, value in node.items() if value == MISSING]
-    problems = [f"{path}.{key} has to be given, as {path}.{key}=VALUE." for key in asked]
+    problems = [f"{_dotted(path, key)} has to be given, as {_dotted(path, key)}=VALUE." for key in asked]
     try:
         schema.model_validate(dict(node))
     except ValidationError as error:
@@ -386,7 +386,7 @@ def check(
 def _sentence(problems: Sequence[Any], names: Sequence[str], path: str) -> str:
     """A sentence on what is wrong with one key; where several types would do, there is a problem for each."""
     first, key = problems[0], str(problems[0]["loc"][0])
-    where = f"{path}.{key}" + "".join(f"[{place}]" for place in first["loc"][1:] if isinstance(place, int))
+    where = _dotted(path, key) + "".join(f"[{place}]" for place in first["loc"][1:] if isinstance(place, int))
     if first["type"] == "extra_forbidden":
         keys = f"It takes {', '.join(names)}." if names else "It takes no options."
         return f"{where}: no such key.{did_you_mean(key, names)} {keys}"
@@ -396,6 +396,10 @@ def _sentence(problems: Sequence[Any], names: Sequence[str], path: str) -> str:
     told = dict.fromkeys(problem["msg"][0].lower() + problem["msg"][1:] for problem in problems)
     text, *others = told
     return f"{where}={shown(first['input'])}: {' or '.join([text, *(o.removeprefix(lead) for o in others)])}."
+
+
+def _dotted(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
 
 
 def build(target: Callable[..., Any], node: Mapping[str, Any], **injected: Any) -> Any:

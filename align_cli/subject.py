@@ -259,6 +259,15 @@ class Subject:
 
     # --- what it writes
 
+    def refuse_reward_model(self) -> None:
+        """Refuse to be asked for responses as a model that writes none."""
+        if self.is_reward_model:
+            raise UserError(f"{self.name}: a reward model, which writes no responses. A language model would be right.")
+
+    def ends(self, stops: Sequence[int]) -> list[int]:
+        """The tokens that end a response: `stops`, and those that the tokenizer and the model name."""
+        return list(dict.fromkeys([*stops, *generation.stops(self.model, self.tokenizer)]))
+
     def respond(
         self,
         prompts: Sequence[Prompt],
@@ -300,7 +309,7 @@ class Subject:
         drawn = self.draw(
             ids, samples=samples, temperature=temperature, max_new_tokens=max_new_tokens, stop=stop, stops=stops
         )
-        return [self._texts(prompt, found, stop) for prompt, found in zip(ids, drawn, strict=True)]
+        return [self.texts(prompt, found, stop) for prompt, found in zip(ids, drawn, strict=True)]
 
     def draw(
         self,
@@ -317,8 +326,7 @@ class Subject:
         Args:
             stops: tokens that end a response beside those that the model names.
         """
-        if self.is_reward_model:
-            raise UserError(f"{self.name}: a reward model, which writes no responses. A language model would be right.")
+        self.refuse_reward_model()
         wanted = 1 if temperature == 0 else samples
         longest = max(map(len, prompts), default=0) + max_new_tokens
         self._refuse_long(longest, f"a prompt with max_new_tokens={max_new_tokens}")
@@ -347,7 +355,7 @@ class Subject:
                 lacking.setdefault(there, []).append(name)
         if not lacking:
             return
-        eos_ids = list(dict.fromkeys([*stops, *generation.stops(self.model, self.tokenizer)]))
+        eos_ids = self.ends(stops)
         of = sum(len(names) for names in lacking.values())
         done = 0
         with terminal.counter() as progress:
@@ -392,8 +400,8 @@ class Subject:
             yield [(places[index], [_response(each) for each in found]) for index, found in drawn]
             start = places.stop
 
-    def _texts(self, prompt: Sequence[int], found: Sequence[Response], stop: Sequence[str]) -> list[Sample]:
-        """Responses to a prompt as text."""
+    def texts(self, prompt: Sequence[int], found: Sequence[Response], stop: Sequence[str] = ()) -> list[Sample]:
+        """Responses to a prompt, token ids, as text."""
         # Behind the end of the prompt: some tokenizers take the first space off whatever they decode.
         behind = list(prompt[-CONTEXT:])
         told = [behind, *([*behind, *each.tokens] for each in found)]

@@ -65,6 +65,7 @@ FLOORS = (
         "evaluate",
         "evals",
         "results",
+        "sample",
         "subject",
         "tracking",
         "world",

@@ -12,6 +12,7 @@ COMMANDS = {
     "cp": "listing",
     "export": "export",
     "evaluate": "evaluate",
+    "sample": "sample",
     "compare": "compare",
     "report": "report",
     "reproduce": "reproduce",

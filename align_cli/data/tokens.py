@@ -262,6 +262,10 @@ class Writer(Protocol):
         """The text of a record. Raises RowError where it has none."""
         ...
 
+    def lead(self, record: Record) -> str:
+        """What is written before every response to the record's prompt, such as a space; part of the response."""
+        ...
+
     @property
     def header(self) -> str:
         """What stands between the end of the last text of a prompt and the response."""
@@ -274,6 +278,9 @@ class TextWriter:
     def __init__(self, codec: Codec, *, stop: str, system: str | None) -> None:
         self.codec, self.stop, self.last, self.system = codec, stop, stop, system
 
+    def lead(self, record: Record) -> str:
+        return "" if isinstance(record.prompt, str) else " "
+
     @property
     def header(self) -> str:
         return ""
@@ -281,12 +288,12 @@ class TextWriter:
     def render(self, record: Record) -> Rendered:
         system = f"{self.system}\n\n" if self.system else ""
         if isinstance(record.prompt, str):
-            prompt, join = system + record.prompt, ""
+            prompt = system + record.prompt
         else:
             own = any(message["role"] == "system" for message in record.prompt)
-            prompt, join = ("" if own else system) + dialogue(record.prompt), " "
-        escape, delimit = self.codec.escape, self.codec.delimit
-        responses = tuple(delimit(escape(join + response) + self.stop) for response in record.responses)
+            prompt = ("" if own else system) + dialogue(record.prompt)
+        escape, delimit, lead = self.codec.escape, self.codec.delimit, self.lead(record)
+        responses = tuple(delimit(escape(lead + response) + self.stop) for response in record.responses)
         return Rendered(delimit(escape(prompt)), responses)
 
 
@@ -318,11 +325,15 @@ class ChatWriter:
                 f"{shown(prompt)} against {shown(whole)}. Give the model's tokenizer a template in which it is, "
                 "or set data.template=text."
             )
+        self.before = whole[len(prompt) : whole.rindex(PROBE)]
         self.end = whole[whole.rindex(PROBE) + 1 :]
         special = codec.specials.search(self.end)
         self.stop = self.end[: special.end()] if special else stop
         self.last = special[0] if special else stop
         self.after_prompt = prompt[prompt.rindex(PROBE) + 1 :]
+
+    def lead(self, record: Record) -> str:
+        return self.before
 
     @property
     def header(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align_cli import config, experiment, paths, rundir, terminal
+from align_cli import config, experiment, paths, rundir, scorers, terminal
 from align_cli.config import Tree
 from align_cli.data.options import Data
 from align_cli.data.store import Group, Store
@@ -15,7 +15,7 @@ from align_cli.data.tokens import Template
 from align_cli.errors import UserError
 from align_cli.evals import Training
 from align_cli.experiment import Experiment
-from align_cli.raters import ByModel, ByProgram, Ensemble, FromEnsemble, Models, Rater
+from align_cli.raters import ByModel, ByProgram, Ensemble, FromEnsemble, Models, Rater, Scorer
 from align_cli.references import content
 from align_cli.responses import Response
 from align_cli.run import prepare
@@ -199,11 +199,11 @@ def named(subject: Subject, name: str, key: str) -> Subject:
     return other
 
 
-def rater(subject: Subject, section: Tree) -> Rater:
-    """Who rates the samples: a program of texts, a reward model, or several.
+def scorer_in(section: Tree) -> Scorer | Models:
+    """What the section `scorer` describes.
 
     Raises:
-        UserError: what is wrong with the section, or a reward model reads other tokens.
+        UserError: what is wrong with it.
     """
     name = str(section.get("name"))
     made = RATERS.get(name) or config.find("align_cli.scorers", name, "scorer")
@@ -211,8 +211,18 @@ def rater(subject: Subject, section: Tree) -> Rater:
     problems = config.check(made, options, "scorer")
     if problems:
         raise UserError("\n".join(problems))
-    scorer = config.build(made, options)
+    return config.build(made, options)
+
+
+def rater(subject: Subject, section: Tree) -> Rater:
+    """Who rates the samples: a program of texts, a reward model, or several.
+
+    Raises:
+        UserError: what is wrong with the section, or a reward model reads other tokens.
+    """
+    scorer = scorer_in(section)
     if not isinstance(scorer, Models):
+        scorers.load(scorer)
         return ByProgram(scorer, subject.tokenizer)
     members = [_reward_model(subject, path) for path in scorer.paths]
     if not isinstance(scorer, FromEnsemble):
