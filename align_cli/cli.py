@@ -25,6 +25,7 @@ USAGE = """align: language-model alignment experiments
   align evaluate RUN_OR_MODEL eval=NAME,... [key=value ...]   figures with 95 % intervals, and how they were made
   align evaluate calibrate FILE judge=NAME   how far a judge agrees with published preferences
   align sample RUN_OR_MODEL PROMPTS OUT.jsonl [key=value ...]   K samples of each prompt, in rows that training reads
+  align chat RUN_OR_MODEL [--against RUN_OR_MODEL]   a conversation on the terminal, with one or two side by side
   align report RUN_OR_SWEEP ...      a page with curves, heat maps, samples and verdicts, in one HTML file
   align reproduce NAME|--list        a table or figure of a paper: its runs, measured, held against what it claims
   align study NAME [seed=N]          one seed of a study on an enumerable model

@@ -49,6 +49,7 @@ def sample(
     eos_ids: Sequence[int],
     first: int = 0,
     halted: Halted | None = None,
+    look: int = LOOK,
 ) -> Iterator[tuple[int, list[Drawn]]]:
     """Draw `responses` continuations of each prompt, token by token.
 
@@ -66,7 +67,7 @@ def sample(
         pad_id: any token id; it fills the left of shorter prompts and is not attended to.
         eos_ids: the tokens that end a response.
         first: number of each prompt's first response, to go on from where an earlier call has ended.
-        halted: what else ends a response; it is asked after every `LOOK` tokens, and the response ends there.
+        halted: what else ends a response; it is asked after every `look` tokens, and the response ends there.
 
     Yields:
         (index of the prompt, its `responses`) in order of increasing prompt length.
@@ -94,6 +95,7 @@ def sample(
                 pad_id=pad_id,
                 eos_ids=eos_ids,
                 halted=halted,
+                look=look,
             )
             for row, index in enumerate(chunk):
                 yield index, drawn[row * responses : (row + 1) * responses]
@@ -112,6 +114,7 @@ def _continue(
     pad_id: int,
     eos_ids: Sequence[int],
     halted: Halted | None,
+    look: int,
 ) -> list[Drawn]:
     """Continue one batch; `uniform` (prompts x responses, max_new_tokens) in [0, 1) makes every choice."""
     device = model.device
@@ -148,7 +151,7 @@ def _continue(
             chosen = distributed.from_first(chosen)
         tokens[rows, step] = chosen
         going &= ~torch.isin(chosen, stops)
-        if halted is not None and (step + 1) % LOOK == 0:
+        if halted is not None and (step + 1) % look == 0:
             ends = torch.tensor(halted(tokens[rows, : step + 1].tolist()), device=device) & going
             cut[rows[ends]] = step + 1
             going &= ~ends

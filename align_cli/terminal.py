@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -27,6 +28,16 @@ def has_colour(stream: TextIO) -> bool:
 def paint(text: str, style: Style, stream: TextIO) -> str:
     """The text in a style where the stream takes colour, the text itself elsewhere."""
     return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if has_colour(stream) else text
+
+
+def visible(text: str) -> str:
+    """`text` with whatever could drive a terminal, or show characters in another order, as escapes."""
+    return "".join(one if _is_plain(one) else ascii(one)[1:-1] for one in text)
+
+
+def _is_plain(one: str) -> bool:
+    # beside what is printable: other spaces, and the joiners without which Persian and many emojis fall apart
+    return one.isprintable() or one in "\n\t\u200c\u200d" or unicodedata.category(one) == "Zs"
 
 
 def result(text: str) -> None:

@@ -66,6 +66,7 @@ FLOORS = (
         "evals",
         "results",
         "sample",
+        "chat",
         "subject",
         "tracking",
         "world",

@@ -13,6 +13,7 @@ COMMANDS = {
     "export": "export",
     "evaluate": "evaluate",
     "sample": "sample",
+    "chat": "chat",
     "compare": "compare",
     "report": "report",
     "reproduce": "reproduce",

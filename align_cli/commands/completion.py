@@ -15,6 +15,11 @@ BASH = """_align_completion() {
 COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
 complete -F _align_completion align
 """
+OF_MODELS = {  # commands that take a run or model first, and the groups of their configurations
+    "evaluate": ("eval", "suite", "judge", "data", "algo", "scorer"),
+    "sample": ("scorer",),
+    "chat": (),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -48,13 +53,15 @@ def complete(line: str) -> list[str]:
     if command == "reproduce":
         names = [*recipe.names(), *(f"{key}=" for key in ("scale", "seeds", "jobs", "dir")), "--plan", "--list"]
         return [name for name in names if name.startswith(word)]
-    if command not in ("train", "score", "plan", "data", "evaluate"):
+    if command not in ("train", "score", "plan", "data", *OF_MODELS):
         return []
-    primary = "evaluate" if command == "evaluate" else "train"
-    if primary == "evaluate":
-        if len(before) == 2:
+    primary = command if command in OF_MODELS else "train"
+    if command in OF_MODELS:
+        if len(before) == 2 or before[-1] == "--against":
             return [name for name in folders(word) if name.startswith(word)]
-        groups = {name: groups[name] for name in ("eval", "suite", "judge", "data", "algo", "scorer")}
+        if word.startswith("-"):
+            return [name for name in ("--against",) if command == "chat" and name.startswith(word)]
+        groups = {name: groups[name] for name in OF_MODELS[command]}
     else:
         groups = {name: options for name, options in groups.items() if name not in ("eval", "suite", "judge")}
     group, equals, choice = word.partition("=")
@@ -83,11 +90,12 @@ def folders(word: str) -> list[str]:
 
 
 def keys(primary: str) -> list[str]:
-    """The keys of the sections of a primary configuration, with dots."""
+    """The keys of a primary configuration, those of its sections with dots."""
     import yaml
 
     from align_cli import paths
 
     tree = yaml.safe_load((paths.conf() / f"{primary}.yaml").read_text(encoding="utf-8"))
     sections = {name: value for name, value in tree.items() if isinstance(value, dict)}
-    return [f"{section}.{key}" for section, values in sections.items() for key in values]
+    own = [name for name in tree if name not in sections and name != "defaults"]
+    return [*own, *(f"{section}.{key}" for section, values in sections.items() for key in values)]

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from align_cli import terminal
 from align_cli.data.store import Store
 from align_cli.errors import UserError
 
@@ -44,7 +45,7 @@ def written(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequ
             names = [str(tokenizer.convert_ids_to_tokens(token)) for token in piece]
             text.append("".join(names), style=SPECIAL)
         else:
-            text.append(visible(decoded(tokenizer, done, piece)), style=style)
+            text.append(terminal.visible(decoded(tokenizer, done, piece)), style=style)
         done += piece
     return text
 
@@ -54,8 +55,3 @@ def decoded(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequ
     whole = str(tokenizer.decode([*before, *ids], clean_up_tokenization_spaces=False))
     start = str(tokenizer.decode(list(before), clean_up_tokenization_spaces=False)) if before else ""
     return whole[len(start) :]
-
-
-def visible(text: str) -> str:
-    """`text` with control characters, which could drive a terminal, as escapes."""
-    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
