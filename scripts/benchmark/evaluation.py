@@ -12,13 +12,14 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmark import machine, results
 from benchmark.__main__ import RESULTS, say
 
+Record = dict[str, Any]
 TARGET = 1.0  # of lm-eval's speed
 SIZES = {"small": (128, 4), "larger": (320, 6)}  # width and layers
 
@@ -99,14 +100,16 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)
     asked = questions(given.questions, given.count)
     alphabet = "".join(sorted(set("".join(asked))))
-    told: dict[str, Any] = {
+    data: Record = {section: {} for section in results.SECTIONS} | {
         "format": results.FORMAT,
+        "name": "evaluation",
         "git": machine.git(),
+        "tree": machine.tree(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": machine.machine(),
         "versions": machine.versions(),
         "settings": {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()},
-        "cases": {},
+        "runs": [],
     }
     for name, (hidden, layers) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -115,15 +118,35 @@ def main(arguments: Sequence[str]) -> int:
             tiny.build(Path(folder), alphabet=alphabet, **shape)
             both = sides(Path(folder), asked, batch=given.batch, new_tokens=given.new_tokens)
             spent, same = alternate(both, given.repeats)
-        ratio = results.spread([theirs / ours for ours, theirs in zip(spent["align"], spent["lm-eval"], strict=True)])
-        told["cases"][name] = {"seconds": spent, "ratio": ratio, "same": same, **shape}
-        say(
-            f"{name} ({hidden} wide, {layers} layers): {ratio['median']:.2f} ({ratio['min']:.2f} to "
-            f"{ratio['max']:.2f}) of lm-eval's speed, {'reached' if ratio['median'] >= TARGET else 'not reached'}; "
-            f"{same:.0%} of the responses are the same"
-        )
-    results.write(RESULTS / "evaluation.json", told)
+        data["runs"].append({"case": name, **shape, "seconds": spent, "same": same})
+    data["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    data["figures"] = figures(data)
+    results.write(RESULTS / "evaluation.json", data)
+    say("\n".join(lines(data)))
     return 0
+
+
+def figures(data: Mapping[str, Any]) -> Record:
+    """Of each model how fast align was, as a multiple of lm-eval's speed in the same round."""
+    found: Record = {}
+    for run in data["runs"]:
+        pairs = zip(run["seconds"]["align"], run["seconds"]["lm-eval"], strict=True)
+        speed = results.spread([theirs / ours for ours, theirs in pairs])
+        found[run["case"]] = {"speed": speed, "reached": speed["median"] >= TARGET}
+    return found
+
+
+def lines(data: Mapping[str, Any]) -> list[str]:
+    """A sentence for each model."""
+    told: list[str] = []
+    for run in data["runs"]:
+        figure = data["figures"][run["case"]]
+        speed, verdict = figure["speed"], "reached" if figure["reached"] else "not reached"
+        told.append(
+            f"{run['case']} ({run['hidden']} wide, {run['layers']} layers): {speed['median']:.2f} ({speed['min']:.2f} to "
+            f"{speed['max']:.2f}) of lm-eval's speed, {verdict}; {run['same']:.0%} of the responses are the same"
+        )
+    return told
 
 
 if __name__ == "__main__":
