@@ -143,8 +143,8 @@ def lines(data: Mapping[str, Any]) -> list[str]:
         figure = data["figures"][run["case"]]
         speed, verdict = figure["speed"], "reached" if figure["reached"] else "not reached"
         told.append(
-            f"{run['case']} ({run['hidden']} wide, {run['layers']} layers): {speed['median']:.2f} ({speed['min']:.2f} to "
-            f"{speed['max']:.2f}) of lm-eval's speed, {verdict}; {run['same']:.0%} of the responses are the same"
+            f"{run['case']} ({run['hidden']} wide, {run['layers']} layers): {speed['median']:.2f} "
+            f"({speed['min']:.2f} to {speed['max']:.2f}) of lm-eval's speed, {verdict}; {run['same']:.0%} of the responses are the same"
         )
     return told
 
