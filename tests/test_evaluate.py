@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small_runs
 import torch
@@ -14,8 +15,9 @@ from small_runs import align
 
 from align_cli import config, generation, launch, paths, results, rundir, statistics
 from align_cli.commands import completion, evaluate
+from align_cli.data.store import Group
 from align_cli.errors import UserError
-from align_cli.evals import Item, Result
+from align_cli.evals import Item, Result, prompts
 from align_cli.evals.reward import wins
 
 GROUPS = config.group_names()
@@ -174,6 +176,34 @@ def test_the_data_s_best_response_may_be_the_baseline(run: Path) -> None:
         assert len(item.shown["baseline"]) == 1
         ours, (theirs,) = item.shown["scores"], item.shown["scores_baseline"]
         assert item.values["win_rate"] == sum((a > theirs) + 0.5 * (a == theirs) for a in ours) / len(ours)
+
+
+def test_samples_for_one_prompt_are_one_item_whatever_the_data_says_of_responses(
+    run: Path, tiny_model: Path, ragged_file: Path, tmp_path: Path
+) -> None:
+    """So that runs which keep other responses of the same prompts are compared prompt by prompt."""
+    rows = [json.loads(line) for line in ragged_file.read_text().splitlines()]
+    fewer = tmp_path / "fewer.jsonl"
+    lines = [{**row, "completions": row["completions"][:1], "rewards": row["rewards"][:1]} for row in rows]
+    fewer.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found: list[dict[str, dict[str, float]]] = []
+    for path in (ragged_file, fewer):
+        data = ("data=file", f"data.path={path}", "data.template=text", "data.held_out=5", f"out={tmp_path}", CPU)
+        assert align("evaluate", str(tiny_model), "eval=diversity", *SHORT, *data) == 0
+        found.append({item.id: dict(item.values) for item in told(tmp_path, "diversity").items})
+    assert len(found[0]) == 5 and found[0] == found[1]
+
+
+def test_groups_of_one_prompt_have_names_of_their_own() -> None:
+    def group(prompt: int, response: int) -> Group:
+        ids = (np.array([response], dtype=np.int32),)
+        return Group(0, np.array([prompt], dtype=np.int32), ids, np.zeros(1, dtype=np.float32), "")
+
+    alone, other = prompts.ids([group(1, 2), group(2, 2)])
+    assert prompts.ids([group(1, 3)]) == [alone] and alone != other
+    several = prompts.ids([group(1, 2), group(1, 3), group(1, 2)])
+    assert len({*several, alone}) == 4
+    assert prompts.ids([group(1, 3), group(1, 2), group(1, 2)]) == [several[1], several[0], several[2]]
 
 
 def test_wins_of_one_side_are_losses_of_the_other() -> None:

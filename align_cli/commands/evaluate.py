@@ -313,8 +313,10 @@ def parts(planned: Planned) -> dict[str, Any]:
 
 
 def fingerprint(planned: Planned, asked: Any) -> dict[str, Any]:
-    """What an evaluation follows from: its options, the weights, the runner's own code, local files that it reads."""
-    code = hashlib.blake2b(Path(inspect.getfile(planned.runner)).read_bytes(), digest_size=8).hexdigest()
+    """What an evaluation follows from: its options, the weights, the runner's code, local files that it reads."""
+    code = hashlib.blake2b(digest_size=8)
+    for source in sorted(Path(inspect.getfile(planned.runner)).parent.glob("*.py")):
+        code.update(source.read_bytes())
     named = [Path(value).expanduser() for value in planned.tree["eval"].values() if isinstance(value, str) and value]
     judge = planned.tree.get("judge")
     return {
@@ -322,7 +324,7 @@ def fingerprint(planned: Planned, asked: Any) -> dict[str, Any]:
         **{name: planned.tree.get(name) for name in SETTINGS},
         **({} if judge is None else {"judge": judges.asked_for(judge)}),
         "weights": asked.digest,
-        "made_by": code,
+        "made_by": code.hexdigest(),
         "files": [_files(path) for path in named if path.exists()],
     }
 

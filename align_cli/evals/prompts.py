@@ -1,6 +1,7 @@
 """Held-out prompts of a run's own data, or of data that the command line names, and samples for them."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,19 +35,17 @@ class HeldOut:
         experiment: the run, or what the command line describes; None where a model is no run and only prompts matter.
         groups: of the data's own responses, where these matter and the run does not sample its own.
         stop: the token that ends a response as the data's template writes it.
-        digest: of the groups' content.
     """
 
     data: Data
     experiment: Experiment | None
     groups: list[Group]
     stop: int
-    digest: str
 
     @property
     def made(self) -> dict[str, rundir.Scalar]:
-        """What is said of the data with a result."""
-        return {"data": self.data.path, "data_digest": self.digest, "template": self.data.template}
+        """What is said of the data with a result; which rows they are, the names of the items tell (`ids`)."""
+        return {"data": self.data.path, "template": self.data.template}
 
     @property
     def reference(self) -> str:
@@ -78,8 +77,7 @@ def held_out(subject: Subject, training: Training, *, limit: int | None, respons
     if not groups:
         raise UserError(f"data={data.name}: no rows are held out; data.held_out=N, or another file.")
     stop = Template(subject.tokenizer, template=data.template, system=data.system).stop
-    digest = hashlib.blake2b(b"".join(name for group in groups for name in _names(group)), digest_size=8)
-    return HeldOut(data, read, groups, stop, digest.hexdigest())
+    return HeldOut(data, read, groups, stop)
 
 
 def _prompts(subject: Subject, training: Training) -> tuple[Store, Data]:
@@ -115,18 +113,19 @@ def tree_of(subject: Subject, training: Training) -> Tree:
     return tree
 
 
-def _names(group: Group) -> list[bytes]:
-    """Digests of what a group holds."""
-    return [group.prompt.tobytes(), *content(group)]
+def ids(groups: Sequence[Group]) -> list[str]:
+    """A name for each group: its prompt's, so that runs which keep other responses of it are compared prompt by prompt.
 
-
-def ids(groups: Iterable[Group]) -> list[str]:
-    """A name for each group from its content; one that comes again is numbered."""
-    seen: dict[str, int] = {}
+    Where a prompt comes several times, its responses tell the groups apart, and then a number.
+    """
+    prompts = Counter(group.prompt.tobytes() for group in groups)
+    seen = Counter[str]()
     found: list[str] = []
     for group in groups:
-        name = hashlib.blake2b(b"".join(_names(group)), digest_size=8).hexdigest()
-        seen[name] = seen.get(name, 0) + 1
+        prompt = group.prompt.tobytes()
+        parts = [prompt, *(content(group) if prompts[prompt] > 1 else [])]
+        name = hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()
+        seen[name] += 1
         found.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return found
 
