@@ -109,7 +109,8 @@ def main(arguments: Sequence[str]) -> int:
         "machine": machine.machine(),
         "versions": machine.versions(),
         "settings": {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()},
-        "runs": [],
+        "runs": [],  # each side in a process of its own, which these are not
+        "responses": [],
     }
     for name, (hidden, layers) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
             tiny.build(Path(folder), alphabet=alphabet, **shape)
             both = sides(Path(folder), asked, batch=given.batch, new_tokens=given.new_tokens)
             spent, same = alternate(both, given.repeats)
-        data["runs"].append({"case": name, **shape, "seconds": spent, "same": same})
+        data["responses"].append({"case": name, **shape, "seconds": spent, "same": same})
     data["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     data["figures"] = figures(data)
     results.write(RESULTS / "evaluation.json", data)
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
 def figures(data: Mapping[str, Any]) -> Record:
     """Of each model how fast align was, as a multiple of lm-eval's speed in the same round."""
     found: Record = {}
-    for run in data["runs"]:
+    for run in data["responses"]:
         pairs = zip(run["seconds"]["align"], run["seconds"]["lm-eval"], strict=True)
         speed = results.spread([theirs / ours for ours, theirs in pairs])
         found[run["case"]] = {"speed": speed, "reached": speed["median"] >= TARGET}
@@ -139,12 +140,13 @@ def figures(data: Mapping[str, Any]) -> Record:
 def lines(data: Mapping[str, Any]) -> list[str]:
     """A sentence for each model."""
     told: list[str] = []
-    for run in data["runs"]:
+    for run in data["responses"]:
         figure = data["figures"][run["case"]]
         speed, verdict = figure["speed"], "reached" if figure["reached"] else "not reached"
         told.append(
             f"{run['case']} ({run['hidden']} wide, {run['layers']} layers): {speed['median']:.2f} "
-            f"({speed['min']:.2f} to {speed['max']:.2f}) of lm-eval's speed, {verdict}; {run['same']:.0%} of the responses are the same"
+            f"({speed['min']:.2f} to {speed['max']:.2f}) of lm-eval's speed, {verdict}; "
+            f"{run['same']:.0%} of the responses are the same"
         )
     return told
 
