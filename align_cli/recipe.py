@@ -398,7 +398,7 @@ def _expanded(name: str, given: Any, common: Sequence[str], where: str, problems
             return []
     try:
         # a text in angle brackets is no value of Hydra's grammar; it is put back below
-        combinations, swept = sweep.expand([_RUN.sub(r"__\1__", each) for each in _last_of_each([*common, *own])])
+        combinations, swept = sweep.expand([_RUN.sub(r"__\1__", each) for each in merged([*common, *own])])
     except UserError as error:
         problems += [f"{where}: {line}" for line in str(error).splitlines()]
         return []
@@ -422,7 +422,7 @@ def _back(override: str, given: Sequence[str]) -> str:
     return override
 
 
-def _last_of_each(overrides: Sequence[str]) -> list[str]:
+def merged(overrides: Sequence[str]) -> list[str]:
     """Overrides without those that a later one of the same key replaces."""
     last = {override.partition("=")[0].lstrip("+"): override for override in overrides}
     return list(last.values())
@@ -557,33 +557,38 @@ def _drawing(node: Any, where: str, scales: Mapping[str, Scale], problems: list[
 # --- composing
 
 
-def composed(
-    recipe: Recipe, scale: str, config_dirs: Sequence[str] = (), settings: Sequence[str] = ()
-) -> "dict[str, Experiment]":
+def composed(recipe: Recipe, scale: str, config_dirs: Sequence[str] = ()) -> "dict[str, Experiment]":
     """The experiment of each run, without its seed and directory; every expectation is one that they can meet.
-
-    Args:
-        settings: overrides of all runs beside their own.
 
     Raises:
         UserError: all that is wrong, a sentence with file and run for each problem.
     """
-    from align_cli import experiment  # here, so that recipes are listed without it
-
-    chosen = recipe.scales[scale]
-    found: dict[str, Experiment] = {}
-    problems: list[str] = []
-    for run in chosen.runs:
-        folders = {name: Path(name) for name in run.needs}
-        given = [*run.placed(0, folders, Path("unused", run.folder)), *settings]
-        try:
-            found[run.name] = experiment.read(config.compose("train", given, config_dirs))
-        except UserError as error:
-            problems += [f"scales.{scale}.runs.{run.name}: {line}" for line in str(error).splitlines()]
-    if not problems:
-        problems += _unwritten(recipe, chosen, found)
+    found = experiments(recipe, scale, config_dirs)
+    problems = _unwritten(recipe, recipe.scales[scale], found)
     if problems:
         raise UserError("\n".join(f"{recipe.path}: {problem}" for problem in problems))
+    return found
+
+
+def experiments(recipe: Recipe, scale: str, config_dirs: Sequence[str] = ()) -> "dict[str, Experiment]":
+    """The experiment of each run, whatever is expected of it.
+
+    Raises:
+        UserError: a run is wrong, a sentence with file and run for each problem.
+    """
+    from align_cli import experiment  # here, so that recipes are listed without it
+
+    found: dict[str, Experiment] = {}
+    problems: list[str] = []
+    for run in recipe.scales[scale].runs:
+        folders = {name: Path(name) for name in run.needs}
+        try:
+            tree = config.compose("train", run.placed(0, folders, Path("unused", run.folder)), config_dirs)
+            found[run.name] = experiment.read(tree)
+        except UserError as error:
+            problems += [f"{recipe.path}: scales.{scale}.runs.{run.name}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise UserError("\n".join(problems))
     return found
 
 

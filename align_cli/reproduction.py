@@ -64,6 +64,7 @@ class Reproduction:
 
     Attributes:
         shared: where runs are that other recipes may have made, or will use; None: in a folder of their own.
+        shrunken: whether its models are random ones, whose figures mean nothing (`align_cli.shrink`).
     """
 
     recipe: Recipe
@@ -73,12 +74,7 @@ class Reproduction:
     shared: Path | None
     experiments: Mapping[str, Experiment]
     config_dirs: tuple[str, ...]
-    settings: tuple[str, ...]  # beside the recipe's own: of a shrunken run
-
-    @property
-    def shrunken(self) -> bool:
-        """Whether its figures are those of a model that is no one's."""
-        return bool(self.settings)
+    shrunken: bool
 
     def run_dir(self, run: Run, seed: int) -> Path:
         """The directory of one run."""
@@ -138,7 +134,7 @@ def arguments(reproduction: Reproduction, run: Run, seed: int, folder: Path | No
     if folder is not None:
         named = replace(reproduction, folder=folder, shared=None if reproduction.shared is None else folder / "runs")
     folders = {other.name: named.run_dir(other, seed) for other in reproduction.scale.runs}
-    return [*run.placed(seed, folders, named.run_dir(run, seed)), *reproduction.settings]
+    return run.placed(seed, folders, named.run_dir(run, seed))
 
 
 def _run_job(reproduction: Reproduction, run: Run, seed: int, trees: dict[str, config.Tree]) -> Job:
@@ -147,7 +143,7 @@ def _run_job(reproduction: Reproduction, run: Run, seed: int, trees: dict[str, c
     flags = [*config.plugins(), *(part for each in reproduction.config_dirs for part in ("--config-dir", each))]
     commands = [("train", *flags, *given)]
     choices = reproduction.scale.evaluate
-    if choices and not reproduction.shrunken:
+    if choices:
         commands.append(("evaluate", str(run_dir), f"eval={','.join(choices)}"))
     launch.claimable(run_dir)
     if (run_dir / rundir.CONFIG).is_file():
@@ -160,7 +156,7 @@ def _run_job(reproduction: Reproduction, run: Run, seed: int, trees: dict[str, c
 
     def finished() -> bool:
         evaluated = all((run_dir / "eval" / f"{choice}.json").is_file() for choice in choices)
-        return rundir.read_summary(run_dir) is not None and (reproduction.shrunken or evaluated)
+        return rundir.read_summary(run_dir) is not None and evaluated
 
     needs = tuple(reproduction.run_dir(other, seed) for other in reproduction.scale.runs if other.name in run.needs)
     ranks = experiment.devices(reproduction.experiments[run.name])

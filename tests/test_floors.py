@@ -81,7 +81,7 @@ FLOORS = (
         "verify",
         "exits",
     ),
-    ("launch", "worker", "sweep", "recipe", "reproduction", "reproduction_page", "cli", "commands"),
+    ("launch", "worker", "sweep", "recipe", "shrink", "reproduction", "reproduction_page", "cli", "commands"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 

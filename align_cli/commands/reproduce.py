@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_cli import config, exits, experiment, recipe, reproduction, reproduction_page, rundir, secrets, terminal
+from align_cli import (
+    config,
+    exits,
+    experiment,
+    recipe,
+    reproduction,
+    reproduction_page,
+    rundir,
+    secrets,
+    shrink,
+    terminal,
+)
 from align_cli.commands import plan
 from align_cli.commands.arguments import FOLDERS, PLUGINS
 from align_cli.commands.listing import print_table
@@ -16,7 +27,7 @@ from align_cli.errors import UserError
 from align_cli.recipe import SCALES
 from align_cli.reproduction import RESULTS, Job, Outcome, Reproduction
 
-USAGE = "align reproduce NAME|FILE [scale=tiny|paper] [seeds=N] [jobs=N] [dir=DIR] [--plan] [--json]; or --list"
+USAGE = "align reproduce NAME|FILE [scale=tiny|paper] [seeds=N] [jobs=N] [dir=DIR] [shrink=ROWS] [--plan] [--json]"
 KEYS = ("scale", "seeds", "jobs", "dir", "shrink")
 FLAGS = ("--plan", "--json", "--list", PLUGINS, FOLDERS)
 HOME = Path("reproductions")
@@ -42,7 +53,7 @@ def main(argv: list[str]) -> int:
     if "--list" in asked.flags:
         return listed()
     if asked.name is None:
-        raise UserError(f"{USAGE} would be right. `align ls recipes` lists them.")
+        raise UserError(f"{USAGE} would be right. `align reproduce --list` lists the recipes.")
     told = described(asked)
     planned = reproduction.jobs(told)
     if "--plan" in asked.flags:
@@ -147,17 +158,28 @@ def described(asked: Asked) -> Reproduction:
     loaded = recipe.load(asked.name)
     scale = loaded.scales[asked.scale]
     seeds = tuple(range(asked.seeds or scale.seeds))
-    folder = asked.folder or HOME / f"{loaded.name}-{scale.name}"
+    folder = asked.folder or HOME / f"{loaded.name}-{scale.name}{'-shrunken' if asked.shrink else ''}"
+    made: dict[str, experiment.Experiment] = {}
+    if asked.shrink is not None:
+        loaded, seeds = _shrunken(loaded, asked, folder), (0,)
+        scale = loaded.scales[asked.scale]
+        made = recipe.experiments(loaded, asked.scale, asked.config_dirs)
     return Reproduction(
         recipe=loaded,
         scale=scale,
         seeds=seeds,
         folder=folder,
-        shared=None if asked.folder else HOME / "runs",
-        experiments=recipe.composed(loaded, scale.name, asked.config_dirs),
+        shared=None if asked.folder or asked.shrink else HOME / "runs",
+        experiments=made or recipe.composed(loaded, scale.name, asked.config_dirs),
         config_dirs=asked.config_dirs,
-        settings=(),
+        shrunken=asked.shrink is not None,
     )
+
+
+def _shrunken(loaded: recipe.Recipe, asked: Asked, folder: Path) -> recipe.Recipe:
+    assert asked.shrink is not None
+    experiments = recipe.composed(loaded, asked.scale, asked.config_dirs)
+    return shrink.shrunken(loaded, asked.scale, experiments, asked.shrink.absolute(), (folder / "models").absolute())
 
 
 # --- what is printed

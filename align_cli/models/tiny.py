@@ -1,6 +1,9 @@
 """A tiny language model with random weights, as an ordinary Hugging Face folder: where the embedded world starts."""
 
+import string
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer
@@ -8,9 +11,30 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 BOS, EOS, PAD, UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
+POSITIONS = 4096  # of a family's model in small, whose tokens are characters
+SMALL = {
+    "hidden_size": 32,
+    "n_embd": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "num_attention_heads": 2,
+    "n_head": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_positions": POSITIONS,
+}
 
 
 def character_tokenizer(alphabet: str, *, positions: int) -> PreTrainedTokenizerFast:
@@ -64,5 +88,35 @@ def build(folder: Path, *, alphabet: str, hidden: int, layers: int, heads: int, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_like(folder: Path, architecture: Mapping[str, Any], *, scores: bool, seed: int) -> None:
+    """Write a model of random weights of an architecture's family, and a tokenizer of characters, to `folder`.
+
+    Args:
+        architecture: `model_type` and sizes, as `conf/model` writes them out; the sizes become small.
+        scores: a reward model, which has a head for scores and none for tokens.
+        seed: of the weights; the caller's random state is left as it was.
+    """
+    tokenizer = character_tokenizer(string.printable, positions=POSITIONS)
+    id_of = tokenizer.backend_tokenizer.token_to_id
+    sizes = {key: SMALL.get(key, value) for key, value in architecture.items() if key != "model_type"}
+    if "n_positions" not in sizes:
+        sizes["max_position_embeddings"] = POSITIONS
+    names = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    config = AutoConfig.for_model(
+        architecture["model_type"],
+        **{**sizes, "vocab_size": len(tokenizer), "dtype": "float32"},
+        **{key: id_of(token) for key, token in names.items()},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if scores:
+            config.num_labels = 1
+            model = AutoModelForSequenceClassification.from_config(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
