@@ -1,5 +1,7 @@
 """A reproduction: side by side, resumed, with runs that fail, and its claims judged by what was measured."""
 
+import importlib.machinery
+import importlib.util
 import json
 import os
 import re
@@ -313,3 +315,122 @@ def test_a_study_s_figures_have_the_run_in_their_name() -> None:
 def test_jobs_side_by_side_have_gpus_of_their_own() -> None:
     assert reproduction.gpus(0, 2, "4,5,6,7") == ["4", "5"]
     assert reproduction.gpus(1, 2, "4,5,6,7") == ["6", "7"]
+
+
+# --- a recipe for many GPUs in small
+
+
+def varied(value: Any, number: int) -> Any:
+    """A row with other prompts and responses, told apart by the o in them; what names its parts has none."""
+    if isinstance(value, dict):
+        return {key: varied(each, number) for key, each in value.items()}
+    if isinstance(value, list):
+        return [varied(each, number) for each in value]
+    return value.replace("o", "o" * number) if isinstance(value, str) else value
+
+
+@pytest.fixture(scope="session")
+def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five rows of each dataset that the recipes train on."""
+    folder = tmp_path_factory.mktemp("few")
+    data = Path(__file__).parent / "data" / "rows"
+    for name in ("ultrafeedback", "ultrafeedback_h4", "ultrainteract", "hh", "tldr", "imdb", "prompt"):
+        first = json.loads((data / f"{name}.jsonl").read_text().splitlines()[0])
+        rows = [json.dumps(varied(first, number)) for number in range(1, 6)]
+        (folder / f"{'file' if name == 'prompt' else name}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["nca/table3", "exo/responses", "contrastive/reward_differences", "fdpg/code"])
+def test_a_recipe_of_each_paper_runs_in_small_from_end_to_end(
+    name: str, few_rows: Path, forked: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random models of the real families: Mistral, Mixtral, GPT-2, a reward model, and LoRA where the recipe has it."""
+    given = ["reproduce", name, "scale=paper", f"shrink={few_rows}", f"dir={tmp_path}", "jobs=2"]
+    assert align(*given) == exits.DONE, capsys.readouterr().err
+    told = json.loads((tmp_path / reproduction.RESULTS).read_text())
+    assert told["shrunken"] and {each["verdict"] for each in told["expectations"]} == {"undecided"}
+    assert len(forked) == len(recipe.load(name).scales["paper"].runs)
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_rows_that_are_not_there_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["reproduce", "nca/table3", "scale=paper", f"shrink={tmp_path}", f"dir={tmp_path / 'out'}"]
+    assert align(*given) == exits.USER
+    assert "ultrainteract.jsonl would be right there" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- what is published
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`scripts/results` with recipes of its own."""
+    path = Path(__file__).parents[1] / "scripts" / "results"
+    loader = importlib.machinery.SourceFileLoader("results_script", str(path))
+    spec = importlib.util.spec_from_loader("results_script", loader)
+    assert spec is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    (tmp_path / "recipes" / "nca").mkdir(parents=True)
+    (tmp_path / "recipes" / "nca" / "mine.yaml").touch()
+    (tmp_path / "README.md").write_text("`nca/mine`: not run yet\n")
+    monkeypatch.setattr(module, "RECIPES", tmp_path / "recipes")
+    monkeypatch.setattr(module, "PAGE", tmp_path / "recipes" / "RESULTS.md")
+    monkeypatch.setattr(module, "README", tmp_path / "README.md")
+    return module
+
+
+def published(folder: Path, **changes: Any) -> Path:
+    """The folder of a reproduction."""
+    claim = {"claim": "It | falls.", "kind": "ours", "source": "here", "expected": "< 0", "values": {"0": -1.0}}
+    told = {
+        "recipe": "nca/mine",
+        "title": "A title",
+        "paper": "none",
+        "scale": "tiny",
+        "shrunken": False,
+        "seeds": [0],
+        "commit": "abc",
+        "machine": "2 cores",
+        "versions": {},
+        "date": "2000-01-01",
+        "seconds": 90.0,
+        "runs": {"dpo": {"command": "align train", "seeds": {"0": {"dir": "a", "state": "done", "figures": {}}}}},
+        "expectations": [
+            {**claim, "estimate": -1.0, "low": -2.0, "high": -0.5, "verdict": "holds", "why": ""},
+            {**claim, "estimate": 1.0, "low": 0.5, "high": 2.0, "verdict": "does not hold", "why": "it rises"},
+        ],
+        "departures": ["It is small."],
+        **changes,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / reproduction.RESULTS).write_text(json.dumps(told))
+    return folder
+
+
+def test_the_results_page_has_what_holds_and_what_does_not(script: Any, tmp_path: Path) -> None:
+    assert script.main([str(published(tmp_path / "out"))]) == 0
+    page = (tmp_path / "recipes" / "RESULTS.md").read_text()
+    assert r"| It \| falls. | < 0 (ours: here) | -1 [-2, -0.5] | 1 | **holds** |" in page
+    assert "**does not hold**: it rises" in page and "- It is small." in page and "2 cores" in page
+    assert (tmp_path / "README.md").read_text() == "`nca/mine`: 1 of 2 hold\n"
+    assert script.main([]) == 0 and (tmp_path / "recipes" / "RESULTS.md").read_text() == page
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"shrunken": True}, "shrunken"),
+        ({"recipe": "nca/other"}, "no recipe of this checkout"),
+        ({"departures": ["See /home/me/notes."]}, "names a place of this machine, /home/me/notes"),
+        ({"runs": {"dpo": {"seeds": {"0": {"state": "stopped"}}}}}, "was stopped"),
+    ],
+)
+def test_results_that_should_not_be_published_are_refused(
+    changes: dict[str, Any], told: str, script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main([str(published(tmp_path / "out", **changes))]) == 2
+    assert told in capsys.readouterr().err
+    assert not list((tmp_path / "recipes").rglob("*.results.json"))
