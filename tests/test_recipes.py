@@ -11,6 +11,7 @@ import small_runs
 import yaml
 
 from align_cli import config, experiment, paths, recipe, summaries
+from align_cli.commands import plan, reproduce
 from align_cli.errors import UserError
 
 SCALE: dict[str, Any] = {
@@ -75,9 +76,13 @@ def test_there_is_a_recipe() -> None:
 
 @pytest.mark.parametrize("scale", recipe.SCALES)
 @pytest.mark.parametrize("name", recipe.names())
-def test_every_recipe_composes_at_both_scales(name: str, scale: str) -> None:
+def test_every_recipe_composes_and_plans_at_both_scales(name: str, scale: str) -> None:
     loaded = recipe.load(name)
-    assert recipe.composed(loaded, scale).keys() == {run.name for run in loaded.scales[scale].runs}
+    found = recipe.composed(loaded, scale)
+    assert found.keys() == {run.name for run in loaded.scales[scale].runs}
+    for checked in found.values():
+        assert "optimizer steps" in " ".join(plan.schedule(checked)) or "epoch" in " ".join(plan.schedule(checked))
+        assert re.match(r"\d+ rank", reproduce.memory_line(checked))
 
 
 @pytest.mark.parametrize("name", recipe.names())
