@@ -77,6 +77,8 @@ def test_what_was_said_is_remembered_until_a_reset(reader_model: Path) -> None:
     assert [turn["content"] for turn in one.turns] == ["a", first, "b", second]
     fresh.answers = 1
     assert said(fresh, "b") != [second]
+    one.begin(None)
+    assert said(one, "a") != [first], "asked anew, it draws anew"
     one.begin("Be brief.")
     said(one, "a")
     one.reset()
