@@ -6,6 +6,7 @@ that they can write.
 
 import fnmatch
 import importlib
+import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from align_cli.experiment import Experiment
 
 SCALES = ("tiny", "paper")
+RESULTS = "results.json"  # of a reproduction, in its folder
 UNKNOWN = "unknown"
 _RUN = re.compile(r"<([\w.-]+)>")  # in an override: the directory of another run of the recipe, with the same seed
 _OWN = re.compile(r"[+~]*(run\.(dir|seed)|resume|launch)=")  # what the reproduction sets itself
@@ -293,6 +295,23 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(node, dict):
         raise UserError(f"{path}: {type(node).__name__} is no recipe; title, paper, scales and expect would be right.")
     return node
+
+
+def results(path: Path) -> dict[str, Any] | None:
+    """The results of an earlier reproduction; None where there are none.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); removed, `align reproduce` makes it again.") from error
+    if not isinstance(told, dict) or "expectations" not in told:
+        raise UserError(f"{path} holds no results of a reproduction; another folder would be right.")
+    return told
 
 
 # --- loading

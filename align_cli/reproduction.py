@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,13 +21,11 @@ from typing import Any
 
 import torch
 
-from align_cli import claims, config, exits, experiment, launch, recipe, rundir, study
+from align_cli import claims, config, exits, experiment, launch, recipe, rundir, study, terminal
 from align_cli.claims import Judged, Range
-from align_cli.errors import UserError
 from align_cli.experiment import Experiment
 from align_cli.recipe import Expectation, Recipe, Run, Scale
 
-RESULTS = "results.json"
 LAST_WORDS = 3  # lines of a failed job's log that are shown
 PAUSE = 0.05  # seconds between two looks at the jobs
 OF_STUDY = "study"
@@ -450,8 +447,8 @@ def _repeatable(reproduction: Reproduction, job: Job) -> str:
     run = next((each for each in reproduction.scale.runs if each.name == job.run), None)
     if run is None:
         told = [word.replace(str(job.folder), f"study/{job.folder.name}") for word in job.commands[0]]
-        return shlex.join(["align", *told])
-    return shlex.join(["align", "train", *arguments(reproduction, run, job.seed, Path("."))])
+        return terminal.shell(["align", *told])
+    return terminal.shell(["align", "train", *arguments(reproduction, run, job.seed, Path("."))])
 
 
 def machine() -> str:
@@ -470,27 +467,10 @@ def machine() -> str:
 
 def write(folder: Path, told: Mapping[str, Any]) -> None:
     """Write `results.json`, whole or not at all."""
-    rundir.write_atomic(folder / RESULTS, json.dumps(_plain(told), indent=2, ensure_ascii=False) + "\n")
+    rundir.write_atomic(folder / recipe.RESULTS, json.dumps(_plain(told), indent=2, ensure_ascii=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list) else rundir.plain(value)
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """The results of an earlier reproduction; None where there are none.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    if not path.is_file():
-        return None
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); removed, `align reproduce` makes it again.") from error
-    if not isinstance(told, dict) or "expectations" not in told:
-        raise UserError(f"{path} holds no results of a reproduction; another folder would be right.")
-    return told

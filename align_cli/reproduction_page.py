@@ -3,13 +3,12 @@
 import fnmatch
 import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_cli import rundir, statistics
+from align_cli import rundir, statistics, terminal
 from align_cli.claims import Verdict as OfClaim
 from align_cli.recipe import Bars, Heat, Lines, PaperFigure, Run, Scatter
 from align_cli.report import content, figures, page
@@ -109,7 +108,7 @@ def write(
 def _claims(found: Sequence[Outcome]) -> list[Section]:
     """What was claimed, what was found."""
     counted = {verdict: sum(each.judged.verdict == verdict for each in found) for verdict in TONES}
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counted.items() if count)
+    said = ", ".join(f"{count} {_plural(verdict, count)}" for verdict, count in counted.items() if count)
     tone: Tone = "bad" if counted["does not hold"] or counted["failed"] else "good" if counted["holds"] else "plain"
     rows = [
         [
@@ -128,6 +127,13 @@ def _claims(found: Sequence[Outcome]) -> list[Section]:
     )
     header = ["claim", "measured", "expected", "source", "verdict", "why"]
     return [Verdict(f"{len(found)} claims: {said}.", tone), Heading("Claims"), Table(header, rows), Text(explained)]
+
+
+SEVERAL = {"holds": "hold", "does not hold": "do not hold"}
+
+
+def _plural(verdict: str, count: int) -> str:
+    return verdict if count == 1 else SEVERAL.get(verdict, verdict)
 
 
 def _measured(outcome: Outcome) -> page.Cell:
@@ -163,8 +169,8 @@ def _of_paper(given: PaperFigure | None) -> list[Section]:
         figures.Line(label=name, x=[point[0] for point in points], y=[point[1] for point in points], dashed=True)
         for name, points in given.series.items()
     ]
-    svg = figures.lines(drawn, title="The paper's", x=given.x, y=given.y, marked=True)
-    return [Figure(svg, f"Points of the paper's figure: {given.source}.")]
+    svg = figures.lines(drawn, title="The paper's figure", x=given.x, y="")
+    return [Figure(svg, f"The paper's: {given.y}. Source: {given.source}.")]
 
 
 def _lines(material: Material, drawing: Lines) -> list[Section]:
@@ -338,7 +344,9 @@ def _repeat(material: Material) -> list[Section]:
     states = [
         [run, seed, str(each["state"])] for run, those in told["runs"].items() for seed, each in those["seeds"].items()
     ]
-    whole = shlex.join(["align", "reproduce", told["recipe"], f"scale={told['scale']}", f"seeds={len(told['seeds'])}"])
+    whole = terminal.shell(
+        ["align", "reproduce", told["recipe"], f"scale={told['scale']}", f"seeds={len(told['seeds'])}"]
+    )
     each = [those["command"] for those in told["runs"].values()]
     return [
         Heading("How to repeat it"),

@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
@@ -62,6 +63,15 @@ def warn(text: str) -> None:
 def error(text: str) -> None:
     """The line that a command ends with when it fails: standard error."""
     say(f"{paint('error:', 'red', sys.stderr)} {text}")
+
+
+def shell(words: Iterable[str]) -> str:
+    """A command line as it is typed; Hydra's own quotes go into double ones, which reads better than shlex has it."""
+    typed = []
+    for word in words:
+        plain = "'" in word and not any(special in word for special in '"$`\\!\n')
+        typed.append(f'"{word}"' if plain else shlex.quote(word))
+    return " ".join(typed)
 
 
 def quiet_libraries() -> None:

@@ -11,7 +11,7 @@ import small_runs
 import yaml
 
 from align_cli import config, experiment, paths, recipe, summaries
-from align_cli.commands import plan, reproduce
+from align_cli.commands import plan, reproducing
 from align_cli.errors import UserError
 
 SCALE: dict[str, Any] = {
@@ -82,7 +82,7 @@ def test_every_recipe_composes_and_plans_at_both_scales(name: str, scale: str) -
     assert found.keys() == {run.name for run in loaded.scales[scale].runs}
     for checked in found.values():
         assert "optimizer steps" in " ".join(plan.schedule(checked)) or "epoch" in " ".join(plan.schedule(checked))
-        assert re.match(r"\d+ rank", reproduce.memory_line(checked))
+        assert re.match(r"\d+ rank", reproducing.memory_line(checked))
 
 
 @pytest.mark.parametrize("name", recipe.names())

@@ -105,7 +105,7 @@ def written(tiny_model: Path, ragged_file: Path, tmp_path: Path, monkeypatch: py
 
 def results() -> dict[str, Any]:
     """What was written."""
-    return json.loads(Path("out", reproduction.RESULTS).read_text())
+    return json.loads(Path("out", recipe.RESULTS).read_text())
 
 
 def reproduce(*more: str) -> int:
@@ -348,7 +348,7 @@ def test_a_recipe_of_each_paper_runs_in_small_from_end_to_end(
     """Random models of the real families: Mistral, Mixtral, GPT-2, a reward model, and LoRA where the recipe has it."""
     given = ["reproduce", name, "scale=paper", f"shrink={few_rows}", f"dir={tmp_path}", "jobs=2"]
     assert align(*given) == exits.DONE, capsys.readouterr().err
-    told = json.loads((tmp_path / reproduction.RESULTS).read_text())
+    told = json.loads((tmp_path / recipe.RESULTS).read_text())
     assert told["shrunken"] and {each["verdict"] for each in told["expectations"]} == {"undecided"}
     assert len(forked) == len(recipe.load(name).scales["paper"].runs)
     assert (tmp_path / "report.html").is_file()
@@ -406,7 +406,7 @@ def published(folder: Path, **changes: Any) -> Path:
         **changes,
     }
     folder.mkdir(exist_ok=True)
-    (folder / reproduction.RESULTS).write_text(json.dumps(told))
+    (folder / recipe.RESULTS).write_text(json.dumps(told))
     return folder
 
 

@@ -1,11 +1,10 @@
 """The page of one run: the verdict first, then figures, curves, evaluations, samples, and what was run."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from align_cli import statistics
+from align_cli import statistics, terminal
 from align_cli.report import content, figures
 from align_cli.report.content import Content
 from align_cli.report.page import (
@@ -385,14 +384,8 @@ def _what_was_run(run: Content) -> list[Section]:
 
 def written(command: Sequence[object]) -> str:
     """A command line as it is typed: the program by its name, whatever its place was."""
-    program = "python -m align_cli.worker" if str(command[0]).endswith("worker.py") else "align"
-    return " ".join([program, *(_typed(str(word)) for word in command[1:])])
-
-
-def _typed(word: str) -> str:
-    """A word for a shell; Hydra's own quotes go into double ones, which reads better than shlex has it."""
-    plain = "'" in word and not any(special in word for special in '"$`\\!\n')
-    return f'"{word}"' if plain else shlex.quote(word)
+    program = ("python", "-m", "align_cli.worker") if str(command[0]).endswith("worker.py") else ("align",)
+    return terminal.shell([*program, *map(str, command[1:])])
 
 
 def _place(config: Mapping[str, object], part: str) -> str:

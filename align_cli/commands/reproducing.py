@@ -1,0 +1,144 @@
+"""One reproduction from start to end: described, run, judged, written and shown."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from align_cli import exits, experiment, recipe, reproduction, reproduction_page, rundir, shrink, terminal
+from align_cli.commands import plan
+from align_cli.commands.listing import print_table
+from align_cli.commands.reproduce import Asked
+from align_cli.recipe import RESULTS
+from align_cli.reproduction import Job, Outcome, Reproduction
+
+
+def reproduce(asked: Asked, name: str, home: Path) -> int:
+    """Reproduce one recipe, or plan it.
+
+    Args:
+        name: of the recipe, or a file.
+        home: where reproductions go whose folder is not named.
+
+    Returns:
+        The exit code.
+    """
+    told = described(asked, name, home)
+    planned = reproduction.jobs(told)
+    if "--plan" in asked.flags:
+        return show_plan(told, planned)
+    begun = time.monotonic()
+    with rundir.lock(told.folder, "dir"):
+        before = recipe.results(told.folder / RESULTS)
+        room = asked.jobs or reproduction.side_by_side(planned)
+        terminal.say(
+            f"{told.recipe.name}, scale={told.scale.name}: {len(planned)} jobs, {room} at a time; {told.folder}"
+        )
+        states = reproduction.run(planned, told.folder, room=room, say=terminal.say)
+        found = reproduction.outcomes(told, planned, states)
+        seconds = time.monotonic() - begun + (before["seconds"] if before else 0.0)
+        results = reproduction.results(told, planned, states, found, seconds)
+        reproduction.write(told.folder, results)
+        where = reproduction_page.write(told, planned, found, results)
+    if "--json" in asked.flags:
+        terminal.result((told.folder / RESULTS).read_text(encoding="utf-8").rstrip())
+    else:
+        show(told, found)
+        terminal.result(f"page in {where}; figures in {told.folder / RESULTS}")
+    return code(states)
+
+
+def code(states: Mapping[Path, str]) -> int:
+    """The exit code for the states of all jobs."""
+    if any(state in ("stopped", "not started") for state in states.values()):
+        terminal.say("stopped; the same command goes on from there")
+        return exits.STOPPED
+    return exits.FAILED if any(state.startswith("failed") for state in states.values()) else exits.DONE
+
+
+def described(asked: Asked, name: str, home: Path) -> Reproduction:
+    """The reproduction that is asked for, its runs composed.
+
+    Raises:
+        UserError: the recipe is wrong.
+    """
+    loaded = recipe.load(name)
+    scale = loaded.scales[asked.scale]
+    seeds = tuple(range(asked.seeds or scale.seeds))
+    folder = asked.folder or home / f"{loaded.name}-{scale.name}{'-shrunken' if asked.shrink else ''}"
+    made: dict[str, experiment.Experiment] = {}
+    if asked.shrink is not None:
+        loaded, seeds = _shrunken(loaded, asked, folder), (0,)
+        scale = loaded.scales[asked.scale]
+        made = recipe.experiments(loaded, asked.scale, asked.config_dirs)
+    return Reproduction(
+        recipe=loaded,
+        scale=scale,
+        seeds=seeds,
+        folder=folder,
+        shared=None if asked.folder or asked.shrink else home / "runs",
+        experiments=made or recipe.composed(loaded, scale.name, asked.config_dirs),
+        config_dirs=asked.config_dirs,
+        shrunken=asked.shrink is not None,
+    )
+
+
+def _shrunken(loaded: recipe.Recipe, asked: Asked, folder: Path) -> recipe.Recipe:
+    assert asked.shrink is not None
+    experiments = recipe.composed(loaded, asked.scale, asked.config_dirs)
+    return shrink.shrunken(loaded, asked.scale, experiments, asked.shrink.absolute(), (folder / "models").absolute())
+
+
+# --- what is printed
+
+
+def show(told: Reproduction, found: Sequence[Outcome]) -> None:
+    """The claims with their verdicts."""
+    rows = [
+        [
+            each.expectation.claim,
+            measured(each.judged.estimate, each.judged.low, each.judged.high),
+            f"{each.expectation.expected} ({each.expectation.kind}: {each.expectation.source})",
+            each.judged.verdict + (f": {each.judged.why}" if each.judged.why else ""),
+        ]
+        for each in found
+    ]
+    terminal.result(f"{told.recipe.title} ({told.recipe.paper}), scale={told.scale.name}, {len(told.seeds)} seed(s)")
+    print_table(["claim", "measured", "expected", "verdict"], rows)
+    for departure in told.scale.departures:
+        terminal.result(f"departs: {departure}")
+
+
+def measured(estimate: float | None, low: float | None, high: float | None) -> str:
+    """A mean with its interval, as far as there are."""
+    if estimate is None:
+        return "nothing"
+    return f"{estimate:.4g}" if low is None or high is None else f"{estimate:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def show_plan(told: Reproduction, planned: Sequence[Job]) -> int:
+    """All commands, and what each costs in steps and memory, as far as that is known without loading anything."""
+    terminal.result(f"{told.recipe.title} ({told.recipe.paper}), scale={told.scale.name}; cost: {told.scale.cost}")
+    for job in planned:
+        if job.seed != told.seeds[0]:
+            continue
+        terminal.result(f"\n{job.run}, seeds {', '.join(map(str, told.seeds))}")
+        for command in job.commands:
+            terminal.result(f"  {terminal.shell(['align', *command])}")
+        checked = told.experiments.get(job.run)
+        for line in [] if checked is None else [*plan.schedule(checked), memory_line(checked)]:
+            terminal.result(f"    {line}")
+    return exits.DONE
+
+
+def memory_line(checked: experiment.Experiment) -> str:
+    """The memory of a rank, where the model's sizes are known without reading it."""
+    ranks = experiment.devices(checked)
+    if checked.model.path == "world":
+        return f"{ranks} rank(s); the embedded world's model needs less than 2 GB"
+    if checked.model.architecture is None:
+        return f"{ranks} rank(s); memory is known when {checked.model.path} is read"
+    total = sum(experiment.terms(checked, experiment.shape_of(checked)).values())
+    there, source = experiment.room(checked)
+    return (
+        f"{ranks} rank(s), engine={checked.engine.name}: {total / 1e9:.1f} GB of {there / 1e9:.0f} GB each ({source})"
+    )
