@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ import torch
 from forks import Forks
 from small_runs import align
 
-from align_cli import config, generation, launch, paths, results, rundir, statistics
+from align_cli import config, generation, launch, paths, results, rundir, statistics, tracking
 from align_cli.commands import completion, evaluate
 from align_cli.data.store import Group
 from align_cli.errors import UserError
 from align_cli.evals import Item, Result, prompts
 from align_cli.evals.reward import wins
+from align_cli.subject import Generate, find
 
 GROUPS = config.group_names()
 CPU = "generate.accelerator=cpu"
@@ -117,6 +119,21 @@ def test_what_is_there_is_not_made_again(run: Path, monkeypatch: pytest.MonkeyPa
     assert align(*given, "eval.limit=3") == 0 and len(told(run, "diversity").items) == 3
 
 
+@pytest.mark.parametrize("name", ["loss", "diversity"])
+def test_other_code_of_a_runner_makes_an_evaluation_anew(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [planned] = evaluate.plan([f"eval={name}"])
+    asked = find(str(run), Generate(batch=8, seed=0, precision="fp32", accelerator="cpu"))
+    before = evaluate.fingerprint(planned, asked)
+    assert evaluate.fingerprint(planned, asked) == before
+    read = Path.read_bytes
+
+    def changed(path: Path) -> bytes:
+        return read(path) + (b"#" if path.name == f"{name}.py" else b"")
+
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    assert evaluate.fingerprint(planned, asked) != before
+
+
 def test_a_killed_evaluation_goes_on(run: Path, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = (
         "evaluate",
@@ -204,6 +221,20 @@ def test_groups_of_one_prompt_have_names_of_their_own() -> None:
     several = prompts.ids([group(1, 2), group(1, 3), group(1, 2)])
     assert len({*several, alone}) == 4
     assert prompts.ids([group(1, 3), group(1, 2), group(1, 2)]) == [several[1], several[0], several[2]]
+
+
+@pytest.mark.parametrize("name", ["loss", "reward", "diversity", "divergence"])
+def test_what_an_evaluation_reads_may_have_to_be_trained_first(
+    name: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The embedded world is made on first use."""
+
+    def prepare(*given: Any) -> Any:
+        raise UserError(f"gradients: {torch.is_grad_enabled()}")
+
+    monkeypatch.setattr(prompts, "prepare", prepare)
+    assert align("evaluate", str(run), f"eval={name}", "again=true", CPU) == 2
+    assert "gradients: True" in capsys.readouterr().err
 
 
 def test_wins_of_one_side_are_losses_of_the_other() -> None:
@@ -328,6 +359,25 @@ def test_a_ratio_s_interval_is_a_mean_s_where_all_items_are_of_one_size() -> Non
     twice = statistics.ratio_interval([2 * value for value in values], [2.0] * 5)
     assert twice == pytest.approx(statistics.mean_interval(values))
     assert statistics.ratio_interval([1.0, 6.0], [1.0, 3.0]).estimate == 7 / 4
+
+
+def test_figures_and_a_table_of_items_go_to_the_run_s_own_wandb_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert align("evaluate", str(run), "eval=diversity", *SHORT, CPU) == 0
+    finished = told(run, "diversity")
+    recorded = SimpleNamespace(summary={}, tables={}, finish=lambda: None)
+    recorded.log = recorded.tables.update
+    monkeypatch.setattr(tracking, "_start_wandb", lambda *given: recorded)
+    tree = {"track": config.compose("train", ["track=wandb"])["track"]}
+    evaluate.track([finished], tmp_path, tree)
+    assert not recorded.summary  # this folder has no run of W&B
+    (tmp_path / tracking.WANDB_ID).write_text("{}")
+    evaluate.track([finished], tmp_path, tree)
+    assert recorded.summary == results.flat(finished)
+    table = recorded.tables["eval/diversity/items"]
+    assert table.columns[0] == "id" and {"tokens", "prompt", "responses"} <= set(table.columns)
+    assert [row[0] for row in table.data] == [item.id for item in finished.items]
 
 
 def test_items_without_a_number_and_ids_that_are_two_are_refused(tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_nothing_is_generated_twice(subject: Subject, drawn: list[int]) -> None:
     assert asked(again, [*PROMPTS, PROMPTS[0], "5+5="], 3)[:5] == [*first, first[0]] and sum(drawn) == 12 + 8 + 3
 
 
+def test_more_samples_are_those_that_one_call_would_have_drawn(subject: Subject, tmp_path: Path) -> None:
+    asked(subject, samples=2)
+    more = asked(subject, samples=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGN_CACHE", str(tmp_path / "other"))
+        assert asked(find(subject.name, OPTIONS), samples=5) == more
+
+
 def test_a_response_depends_on_its_own_prompt_and_not_on_the_company(subject: Subject, tmp_path: Path) -> None:
     together = asked(subject)
     for place, prompt in enumerate(PROMPTS):

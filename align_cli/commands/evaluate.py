@@ -315,7 +315,7 @@ def parts(planned: Planned) -> dict[str, Any]:
 def fingerprint(planned: Planned, asked: Any) -> dict[str, Any]:
     """What an evaluation follows from: its options, the weights, the runner's code, local files that it reads."""
     code = hashlib.blake2b(digest_size=8)
-    for source in sorted(Path(inspect.getfile(planned.runner)).parent.glob("*.py")):
+    for source in sorted(Path(inspect.getfile(inspect.unwrap(planned.runner))).parent.glob("*.py")):
         code.update(source.read_bytes())
     named = [Path(value).expanduser() for value in planned.tree["eval"].values() if isinstance(value, str) and value]
     judge = planned.tree.get("judge")

@@ -29,7 +29,6 @@ OF_A_TARGET = {"divergence/": "target/", "rollout/moment/": "moment/"}
 OF_ALL = ("divergence/log_z", "divergence/skipped")  # of all prompts together
 
 
-@torch.no_grad()
 def divergence(
     subject: Subject,
     *,

@@ -1,7 +1,5 @@
 """The loss and all metrics of training, on held-out data."""
 
-import torch
-
 from align_cli import columns
 from align_cli.data.store import Group
 from align_cli.errors import UserError
@@ -17,7 +15,6 @@ from align_cli.statistics import ratio_interval
 from align_cli.subject import Subject
 
 
-@torch.no_grad()
 def loss(subject: Subject, *, training: Training, limit: Count | None, reference: NotEmpty | None) -> Result:
     """The loss, under the name of its algorithm, and the metrics that training logs beside it, of each held-out group.
 
