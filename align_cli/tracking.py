@@ -160,6 +160,7 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any], track: Track) -> Any:
     import wandb as client
     from wandb.errors import Error as WandbError
 
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it would advertise itself where a judge's client is loaded
     identity = run_dir / WANDB_ID
     if identity.exists():
         run_id = json.loads(identity.read_text(encoding="utf-8"))["id"]
