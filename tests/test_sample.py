@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from forks import Forks
 from scripted_subject import subject_of
 from small_runs import align, overrides, summary
 
@@ -58,7 +60,7 @@ def test_every_prompt_has_its_samples_in_the_order_of_the_file(reader_model: Pat
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_command_goes_on_and_ends_as_an_undisturbed_one(
-    number: signal.Signals, reader_model: Path, tmp_path: Path, forks: Forks, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, reader_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = write(tmp_path / "prompts.jsonl", [f"{n} {number.name}" for n in range(10)])
     out = tmp_path / "out.jsonl"
@@ -69,10 +71,11 @@ def test_a_killed_command_goes_on_and_ends_as_an_undisturbed_one(
         return {path: path.read_bytes() for path in journals.rglob("*.jsonl")}
 
     before = kept()
-    child = forks.start(*words)
-    forks.wait_until(lambda: kept() != before)
-    os.kill(child, number)
-    assert forks.ended(child) == (exits.STOPPED if number == signal.SIGTERM else -number)
+    child = subprocess.Popen([sys.executable, "-m", "align_cli.cli", *words])  # with this process's own cache
+    while kept() == before and child.poll() is None:
+        time.sleep(0.002)
+    child.send_signal(number)
+    assert child.wait() == (exits.STOPPED if number == signal.SIGTERM else -number)
     assert not out.exists()
     interrupted = kept()
     assert align(*words) == exits.DONE
