@@ -33,8 +33,8 @@ class Forks:
         return json.loads(self.server.stdout.readline())
 
     def start(self, *arguments: str, log: Path | None = None) -> int:
-        """Start `align`, its words going to `log` or to that of all; returns its process number."""
-        return self._ask("start", arguments, str(log or self.log))
+        """Start `align` here, its words going to `log` or to that of all; returns its process number."""
+        return self._ask("start", arguments, str(log or self.log), os.getcwd())
 
     def ended(self, child: int) -> int:
         """Wait for a child; its exit code, or minus the signal that ended it."""
@@ -72,17 +72,18 @@ def serve() -> None:
         what, *given = json.loads(line)
         answer = 0
         if what == "start":
-            answer = fork(given[0], Path(given[1]))
+            answer = fork(given[0], Path(given[1]), given[2])
         if what == "wait":
             answer = os.waitstatus_to_exitcode(os.waitpid(given[0], 0)[1])
         print(json.dumps(answer), flush=True)
 
 
-def fork(arguments: Sequence[str], log: Path) -> int:
-    """`align` in a child; returns its process number."""
+def fork(arguments: Sequence[str], log: Path, folder: str) -> int:
+    """`align` in a child that works in `folder`; returns its process number."""
     child = os.fork()
     if child:
         return child
+    os.chdir(folder)
     with open(os.devnull) as nothing, open(log, "a") as words:
         os.dup2(nothing.fileno(), 0)
         os.dup2(words.fileno(), 1)

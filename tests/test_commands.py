@@ -1,15 +1,13 @@
 """`align ls`, `show`, `cp` and `doctor` say what there is and what works."""
 
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from align_cli import config, experiment, recipe, rundir, terminal
-from align_cli.commands import COMMANDS, doctor, evaluate, listing, reproduce
+from align_cli import rundir, terminal
+from align_cli.commands import doctor, listing
 from align_cli.errors import UserError
 
 
@@ -110,39 +108,3 @@ def test_colour_needs_a_terminal_and_no_objection(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
     assert terminal.paint("ok", "green", sys.stdout) == "ok"
-
-
-def documented(name: str) -> list[str]:
-    """README's commands of a name, without it and what stands beside them."""
-    text = re.sub(r"\\\n +", " ", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"))
-    lines = re.findall(rf"^ {{4}}align {name}( .*)?$", text, re.MULTILINE)
-    return [re.split(r" {3,}|  +#|\t", line)[0].strip() for line in lines]
-
-
-def of_training() -> list[str]:
-    return [each for each in documented("train") if "KEY=VALUE" not in each and "--plugin" not in each]
-
-
-@pytest.mark.parametrize("command", of_training())
-def test_a_training_of_readme_means_something(command: str) -> None:
-    words = shlex.split(command)
-    first = [word.partition(",")[0] if "-m" in words else word for word in words if word != "-m"]
-    experiment.read(experiment.placed(config.compose("train", first), "unused"))
-
-
-@pytest.mark.parametrize("command", [each for each in documented("evaluate") if not each.startswith("calibrate")])
-def test_an_evaluation_of_readme_means_something(command: str) -> None:
-    _, *words = shlex.split(command, comments=True)
-    assert evaluate.plan(words)
-
-
-@pytest.mark.parametrize("command", documented("reproduce"))
-def test_a_reproduction_of_readme_means_something(command: str) -> None:
-    asked = reproduce.parse(shlex.split(command, comments=True))
-    assert "--list" in asked.flags or asked.name in (None, "mine.yaml") or recipe.find(str(asked.name))
-
-
-def test_every_command_of_readme_is_one() -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"^ {4}align (\w+)", text, re.MULTILINE)
-    assert {"train", "verify", "reproduce", "evaluate", "report", "compare"} <= set(named) <= set(COMMANDS)

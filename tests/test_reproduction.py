@@ -341,7 +341,7 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["nca/table3", "exo/responses", "contrastive/reward_differences", "fdpg/code"])
+@pytest.mark.parametrize("name", ["nca/table3", "exo/figure2", "contrastive/reward_differences", "fdpg/code"])
 def test_a_recipe_of_each_paper_runs_in_small_from_end_to_end(
     name: str, few_rows: Path, forked: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
