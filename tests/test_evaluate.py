@@ -269,6 +269,8 @@ def test_adapters_are_merged(tiny_model: Path, pairs_file: Path, tmp_path: Path)
 
 
 BAD: list[tuple[list[str], str]] = [
+    (["{run}"], "eval=NAME,... or suite=NAME has to be given"),
+    (["{run}", "eval.samples=3"], "eval=NAME,... or suite=NAME has to be given"),
     (["{run}", "eval=diversty"], "Did you mean 'diversity'"),
     (["{run}", "suite=nca_table9"], "Did you mean 'nca_table"),
     (["{run}", "eval=diversity", "eval.sample=3"], "Did you mean 'samples'"),
@@ -276,7 +278,7 @@ BAD: list[tuple[list[str], str]] = [
     (["{run}", "eval=loss", "eval.limit=0"], "eval.limit=0"),
     (["{run}", "eval=loss,loss"], "named twice"),
     (["{run}", "eval="], "a name would be right"),
-    (["{run}", "evl=loss"], "evl"),
+    (["{run}", "evl=loss"], "evl: no such key. Did you mean 'eval'?"),
     (["{run}", "eval=loss", "-m"], "eval=NAME,NAME"),
     (["{run}", "eval=mt_bench"], "judge=openai"),
     (["{run}", "eval=toy"], "without the embedded world"),
@@ -315,7 +317,7 @@ def test_bad_input_gets_a_sentence_and_loses_nothing(
     names = {"run": run, "model": tiny_model, "rows": ragged_file, "file": file, "empty": empty}
     before = (run / rundir.SUMMARY).read_bytes()
     words = [word.format(unfinished=unfinished, **names) for word in given]
-    assert align("evaluate", *words, *([] if len(words) == 1 else [CPU])) == 2
+    assert align("evaluate", *words, *([CPU] if len(words) > 1 or words == [str(run)] else [])) == 2
     errors = capsys.readouterr().err
     assert sentence in errors and "Traceback" not in errors
     assert (run / rundir.SUMMARY).read_bytes() == before

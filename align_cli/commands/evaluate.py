@@ -155,7 +155,8 @@ def composed(overrides: Sequence[str], later: Sequence[str], config_dirs: Sequen
     tree = config.compose("evaluate", overrides, config_dirs)
     section = tree.get("eval")
     if not isinstance(section, Mapping) or "name" not in section:
-        raise UserError(f"eval={config.shown(section)}: eval=<name> would be right; align ls eval lists them.")
+        told = "eval=NAME,... or suite=NAME has to be given; align ls eval and align ls suite list them."
+        raise UserError("\n".join([*unknown(tree), told]))
     runner = config.find("align_cli.evals", section["name"], "eval")
     own = [word for word in later if word.partition("=")[0].removeprefix("eval.") in config.options(runner)]
     if own:
@@ -164,15 +165,14 @@ def composed(overrides: Sequence[str], later: Sequence[str], config_dirs: Sequen
     if problems:
         raise UserError("\n".join(problems))
     words = [word.removeprefix("eval=") for word in overrides if word.startswith("eval=")]
-    return Planned(words[-1] if words else "loss", tree, runner)
+    return Planned(words[-1], tree, runner)
 
 
 def check(tree: Tree, runner: Callable[..., Result]) -> list[str]:
     """What is wrong with the configuration of an evaluation."""
     from align_cli.subject import Generate
 
-    known = ("eval", "judge", "generate", "code", "out", "again", *TRAINING)
-    problems = [f"{key}: no such key.{config.did_you_mean(key, known)}" for key in tree if key not in known]
+    problems = unknown(tree)
     problems += config.check(Generate, tree["generate"], "generate")
     options = {key: value for key, value in tree["eval"].items() if key != "name"}
     taken = config.options(runner)
@@ -193,6 +193,12 @@ def check(tree: Tree, runner: Callable[..., Result]) -> list[str]:
     if tree.get("out") is not None and (not isinstance(tree["out"], str) or not tree["out"]):
         problems.append(f"out={config.shown(tree['out'])}: a folder would be right.")
     return problems
+
+
+def unknown(tree: Tree) -> list[str]:
+    """A sentence for each key that an evaluation does not have."""
+    known = ("eval", "judge", "generate", "code", "out", "again", *TRAINING)
+    return [f"{key}: no such key.{config.did_you_mean(key, known)}" for key in tree if key not in known]
 
 
 def _asks_judge(runner: Callable[..., Result]) -> bool:
