@@ -116,6 +116,15 @@ def test_a_wrong_value_is_refused_before_any_job_starts(
     assert not (tmp_path / "none").exists()
 
 
+def test_a_sweep_s_configuration_is_refused_and_starts_nothing(
+    tiny_model: Path, ragged_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = overrides(tiny_model, ragged_file, tmp_path / "none", "algo.beta=0.1,0.2")
+    assert align("train", "-m", "--cfg", *given) == exits.USER
+    assert "-m --cfg: each job has a configuration of its own" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_values_are_given_once(tiny_model: Path, ragged_file: Path, tmp_path: Path) -> None:
     given = overrides(tiny_model, ragged_file, tmp_path / "none", "algo.beta=0.1,0.1")
     assert align("train", "-m", *given) == exits.USER

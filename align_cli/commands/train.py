@@ -4,11 +4,20 @@ import sys
 
 from align_cli import exits, sweep
 from align_cli.commands import arguments
+from align_cli.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Compose, check and launch; returns the exit code."""
+    """Compose, check and launch; returns the exit code.
+
+    Raises:
+        UserError: what is given cannot be composed, or is a sweep whose configuration is asked for.
+    """
     given = arguments.parse(argv)
+    if given.multirun and given.show_config:
+        raise UserError(
+            "-m --cfg: each job has a configuration of its own; --cfg with one value for each key would be right."
+        )
     if given.multirun:
         return sweep.sweep(given.overrides, given.config_dirs)
     if given.show_config:
