@@ -163,7 +163,7 @@ def _run_job(reproduction: Reproduction, run: Run, seed: int, trees: dict[str, c
 def _study_job(reproduction: Reproduction, seed: int) -> Job:
     chosen, file = reproduction.scale.study, reproduction.study_file(seed)
     assert chosen is not None
-    study.check(file, chosen.name, chosen.options)
+    study.check(file, chosen.name, chosen.options, seed)
     told = [f"{key}={json.dumps(value)}" for key, value in chosen.options.items()]
     command = ("study", *config.plugins(), chosen.name, f"seed={seed}", f"out={file}", *told)
     return Job(OF_STUDY, seed, file, (command,), (), 1, file.is_file)

@@ -28,7 +28,7 @@ def make(name: str, options: Mapping[str, Any], seed: int, file: Path | None) ->
     problems = config.check(function, options, name)
     if problems:
         raise UserError("\n".join(problems))
-    if file is not None and check(file, name, options):
+    if file is not None and check(file, name, options, seed):
         return read(file)["figures"]
     figures = {key: float(value) for key, value in function(seed, **options).items()}
     if file is not None:
@@ -39,8 +39,8 @@ def make(name: str, options: Mapping[str, Any], seed: int, file: Path | None) ->
     return figures
 
 
-def check(file: Path, name: str, options: Mapping[str, Any]) -> bool:
-    """Whether a file holds this study already.
+def check(file: Path, name: str, options: Mapping[str, Any], seed: int) -> bool:
+    """Whether a file holds this seed of this study already.
 
     Raises:
         UserError: it holds another one, or something else.
@@ -48,8 +48,9 @@ def check(file: Path, name: str, options: Mapping[str, Any]) -> bool:
     if not file.is_file():
         return False
     there = read(file)
-    if (there["study"], there["options"]) != (name, dict(options)):
-        raise UserError(f"{file} holds {there['study']} with {there['options']}; remove it, or choose another folder.")
+    if (there["study"], there["options"], there["seed"]) != (name, dict(options), seed):
+        told = f"seed {there['seed']} of {there['study']} with {there['options']}"
+        raise UserError(f"{file} holds {told}; remove it, or choose another folder.")
     return True
 
 

@@ -1,11 +1,14 @@
 """The studies of recipes: what they measure agrees with what is known of it otherwise."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import optimize
+from small_runs import align
 
+from align_cli import exits
 from align_cli.studies.contrast_variance import contrast_variance
 from align_cli.studies.dpg_variance import dpg_variance
 from align_cli.studies.mode_seeking import BUMPS, POINTS, WIDTH, mode_seeking
@@ -67,3 +70,17 @@ def test_gradients_of_samples_are_unbiased_and_an_estimate_of_z_from_them_is_not
         parts = found[f"{name}/leave_one_out/variance"] / found[f"{name}/none/variance"]
         assert found[f"{name}/leave_one_out/of_none"] == pytest.approx(parts)
     assert found["z/batch/error"] > 3 * found["z/exact/error"]
+
+
+OF_A_SECOND = ("contrast_variance", "prompts=50", "responses=[1]", "within=1", "between=1", "passes=0.3", "fails=0.2")
+
+
+def test_a_file_holds_one_seed_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file.json"
+    assert align("study", *OF_A_SECOND, f"out={file}") == exits.DONE
+    first, kept = capsys.readouterr().out, file.read_bytes()
+    assert align("study", *OF_A_SECOND, f"out={file}") == exits.DONE
+    assert capsys.readouterr().out == first
+    assert align("study", *OF_A_SECOND, "seed=7", f"out={file}") == exits.USER
+    assert "holds seed 0 of contrast_variance" in capsys.readouterr().err
+    assert file.read_bytes() == kept
