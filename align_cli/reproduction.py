@@ -141,7 +141,7 @@ def _run_job(reproduction: Reproduction, run: Run, seed: int, trees: dict[str, c
     commands = [("train", *flags, *given)]
     choices = reproduction.scale.evaluate
     if choices:
-        commands.append(("evaluate", str(run_dir), f"eval={','.join(choices)}"))
+        commands.append(("evaluate", str(run_dir), *flags, f"eval={','.join(choices)}"))
     launch.claimable(run_dir)
     if (run_dir / rundir.CONFIG).is_file():
         if run.needs or run.name not in trees:
@@ -165,7 +165,7 @@ def _study_job(reproduction: Reproduction, seed: int) -> Job:
     assert chosen is not None
     study.check(file, chosen.name, chosen.options, seed)
     told = [f"{key}={json.dumps(value)}" for key, value in chosen.options.items()]
-    command = ("study", *config.plugins(), chosen.name, f"seed={seed}", f"out={file}", *told)
+    command = ("study", chosen.name, *config.plugins(), f"seed={seed}", f"out={file}", *told)
     return Job(OF_STUDY, seed, file, (command,), (), 1, file.is_file)
 
 

@@ -16,7 +16,7 @@ import yaml
 from forks import Forks
 from small_runs import SETTINGS, align
 
-from align_cli import exits, recipe, reproduction, rundir, terminal
+from align_cli import config, exits, recipe, reproduction, rundir, terminal
 from align_cli.claims import Range
 from align_cli.recipe import Expectation
 from align_cli.reproduction import judge
@@ -224,6 +224,55 @@ def test_a_folder_with_other_runs_is_left_alone(
     assert len(forked) == 2
 
 
+LOSS = """
+from torch import Tensor
+
+def square(policy: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+    return ((beta * policy - rewards) ** 2).sum(-1)
+"""
+STUDY = """
+FIGURES = ("half",)
+
+def halves(seed: int, *, of: float) -> dict[str, float]:
+    return {"half": of / 2 + seed}
+"""
+
+
+def test_every_job_of_a_recipe_finds_the_parts_of_a_plugin(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {
+        "__init__.py": "",
+        "losses/__init__.py": "",
+        "losses/square.py": LOSS,
+        "conf/algo/square.yaml": "# Squares\nname: square\nbeta: 0.5  # of the policy\n",
+        "studies/__init__.py": "",
+        "studies/halves.py": STUDY,
+    }
+    for name, text in files.items():
+        path = tmp_path / "of_squares" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(config, "_plugins", [])
+    whole = yaml.safe_load(written.read_text())
+    scale = whole["scales"]["tiny"]
+    scale |= {"runs": {"square": ["algo=square"]}, "evaluate": ["loss"]}
+    of_study = {"cost": "none", "seeds": 2, "study": "halves", "options": {"of": 3}}
+    claim = {"claim": "It is half.", "figure": "half", "is": {"within": [1, 2]}, **EXACT}
+    for told, expect in ((scale, [{**whole["expect"][0], "of": "square"}]), (of_study, [claim])):
+        written.write_text(yaml.safe_dump({**whole, "scales": {"tiny": told, "paper": told}, "expect": expect}))
+        assert align("reproduce", "mine.yaml", "--plugin", "of_squares", "dir=out", "seeds=1", "--plan") == exits.DONE
+        said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        commands = [line.removeprefix("align ") for line in said if line.startswith("align ")]
+        assert len(commands) == (2 if told is scale else 1)
+        for command in commands:
+            config.use([])  # each is a process of its own
+            assert align(*shlex.split(command)) == exits.DONE, command
+    assert "eval/loss/square" in json.loads(next(Path("out").glob("runs/*/seed=0/summary.json")).read_text())
+    assert json.loads(Path("out/study/seed=0.json").read_text())["figures"] == {"half": 1.5}
+
+
 @pytest.mark.parametrize("scale", recipe.SCALES)
 def test_a_plan_prints_the_commands_and_starts_nothing(
     scale: str,
@@ -249,6 +298,8 @@ def test_what_is_asked_wrongly_is_refused(capsys: pytest.CaptureFixture[str]) ->
         ("nca/figure5", "sedes=3"): "Did you mean 'seeds'?",
         ("nca/figure5", "--paln"): "Did you mean '--plan'?",
         ("nca/figure5", "dir="): "dir=: a folder",
+        ("nca/figure5", "--config-dir"): "--config-dir needs a folder",
+        ("nca/figure5", "--plugin="): "--plugin needs a package",
         ("nca/figgure5",): "Did you mean 'nca/figure5'?",
     }
     for given, told in wrong.items():

@@ -14,6 +14,7 @@ from align_cli.secrets import refuse_secrets
 
 SWITCHES = {"-m": "multirun", "--multirun": "multirun", "--cfg": "show_config", "--config": "show_config"}
 FOLDERS, PLUGINS = "--config-dir", "--plugin"
+NEEDS = {FOLDERS: "--config-dir needs a folder.", PLUGINS: "--plugin needs a package."}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     refuse_secrets(argv)
     overrides: list[str] = []
     switches: set[str] = set()
-    named: dict[str, list[str]] = {FOLDERS: [], PLUGINS: []}
+    named: dict[str, list[str]] = {flag: [] for flag in NEEDS}
     problems: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
@@ -60,7 +61,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             value = value or next(arguments, "")
             named[flag].append(value)
             if not value:
-                problems.append(f"{flag} needs a {'folder' if flag == FOLDERS else 'package'}.")
+                problems.append(NEEDS[flag])
         elif argument.startswith("-"):
             near = config.did_you_mean(flag, [*SWITCHES, *named])
             problems.append(f"{argument}: no such option.{near} See align --help.")
@@ -73,13 +74,13 @@ def parse(argv: Sequence[str]) -> Arguments:
     config.use(named[PLUGINS])
     return Arguments(
         overrides=tuple(overrides),
-        config_dirs=(*named[FOLDERS], *_folders_of(named[PLUGINS])),
+        config_dirs=(*named[FOLDERS], *folders_of(named[PLUGINS])),
         multirun="multirun" in switches,
         show_config="show_config" in switches,
     )
 
 
-def _folders_of(packages: Sequence[str]) -> list[str]:
+def folders_of(packages: Sequence[str]) -> list[str]:
     """The folder `conf` of each package that brings one, so that its YAML need not be named apart."""
     folders: list[str] = []
     for package in packages:

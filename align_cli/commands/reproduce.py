@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli import config, exits, recipe, secrets
-from align_cli.commands.arguments import FOLDERS, PLUGINS
+from align_cli.commands.arguments import FOLDERS, NEEDS, PLUGINS, folders_of
 from align_cli.commands.listing import print_table
 from align_cli.errors import UserError
 from align_cli.recipe import RESULTS, SCALES
@@ -53,14 +53,17 @@ def parse(argv: Sequence[str]) -> Asked:
     secrets.refuse_secrets(argv)
     names: list[str] = []
     flags: set[str] = set()
-    folders: dict[str, list[str]] = {FOLDERS: [], PLUGINS: []}
+    folders: dict[str, list[str]] = {flag: [] for flag in NEEDS}
     given: dict[str, str] = {}
     problems: list[str] = []
     words = iter(argv)
     for word in words:
         key, equals, value = word.partition("=")
         if key in folders:
-            folders[key].append(value or next(words, ""))
+            value = value or next(words, "")
+            folders[key].append(value)
+            if not value:
+                problems.append(NEEDS[key])
         elif word in FLAGS:
             flags.add(word)
         elif word.startswith("-"):
@@ -91,7 +94,7 @@ def parse(argv: Sequence[str]) -> Asked:
         folder=Path(given["dir"]) if "dir" in given else None,
         shrink=Path(given["shrink"]) if "shrink" in given else None,
         flags=frozenset(flags),
-        config_dirs=tuple(folders[FOLDERS]),
+        config_dirs=(*folders[FOLDERS], *folders_of(folders[PLUGINS])),
     )
 
 
