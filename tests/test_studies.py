@@ -84,3 +84,9 @@ def test_a_file_holds_one_seed_of_a_study(tmp_path: Path, capsys: pytest.Capture
     assert align("study", *OF_A_SECOND, "seed=7", f"out={file}") == exits.USER
     assert "holds seed 0 of contrast_variance" in capsys.readouterr().err
     assert file.read_bytes() == kept
+
+
+@pytest.mark.parametrize("flag", [["-m"], ["--cfg"], ["--config-dir", "."]], ids=" ".join)
+def test_a_study_refuses_flags_that_it_has_no_use_for(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert align("study", *OF_A_SECOND, *flag) == exits.USER
+    assert "a study has options alone" in capsys.readouterr().err

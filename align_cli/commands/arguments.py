@@ -19,9 +19,15 @@ NEEDS = {FOLDERS: "--config-dir needs a folder.", PLUGINS: "--plugin needs a pac
 
 @dataclass(frozen=True)
 class Arguments:
-    """Overrides as the user gave them, and the flags."""
+    """Overrides as the user gave them, and the flags.
+
+    Attributes:
+        folders: of `--config-dir`.
+        config_dirs: these, and the folder `conf` of each plugin that has one.
+    """
 
     overrides: tuple[str, ...]
+    folders: tuple[str, ...]
     config_dirs: tuple[str, ...]
     multirun: bool
     show_config: bool
@@ -74,6 +80,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     config.use(named[PLUGINS])
     return Arguments(
         overrides=tuple(overrides),
+        folders=tuple(named[FOLDERS]),
         config_dirs=(*named[FOLDERS], *folders_of(named[PLUGINS])),
         multirun="multirun" in switches,
         show_config="show_config" in switches,

@@ -9,12 +9,26 @@ from align_cli import config, exits, study, terminal
 from align_cli.commands import arguments
 from align_cli.errors import UserError
 
+USAGE = "align study NAME [seed=N] [out=FILE] [--plugin PACKAGE] [OPTION=VALUE ...]"
+
 
 def main(argv: list[str]) -> int:
-    """`study NAME [seed=N] [out=FILE] [OPTION=VALUE ...]`; returns the exit code."""
+    """`study NAME [seed=N] [out=FILE] [OPTION=VALUE ...]`; returns the exit code.
+
+    Raises:
+        UserError: what is wrong with the arguments, or with the file.
+    """
+    if {"-h", "--help"} & set(argv):
+        terminal.result(f"{USAGE}\n\nOne seed of a study on an enumerable model; with out=FILE, kept there.")
+        return exits.DONE
     if not argv or argv[0].startswith("-") or "=" in argv[0]:
-        raise UserError("align study NAME [seed=N] [out=FILE] [OPTION=VALUE ...] would be right.")
+        raise UserError(f"{USAGE} would be right.")
     given = arguments.parse(argv[1:])
+    if given.multirun or given.show_config or given.folders:
+        raise UserError(
+            "-m, --cfg and --config-dir are of commands with a configuration; a study has options alone. "
+            f"{USAGE} would be right."
+        )
     options: dict[str, Any] = {}
     for override in given.overrides:
         key, _, value = override.partition("=")
