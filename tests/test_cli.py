@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from align_cli import __version__, cli, exits
+from align_cli import __version__, cli, exits, paths
 from align_cli.commands import completion
 from align_cli.errors import Stopped, UserError
 
@@ -43,6 +43,33 @@ def test_help_lists_every_command_and_exit_code(arguments: list[str], capsys: py
         assert f"{code} " in told
     for flag in ("-m", "--multirun", "--config-dir", "--plugin", "--cfg"):
         assert flag in told
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_says_how_it_is_used(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("-h", "--help"):
+        try:
+            code = cli.dispatch([name, flag])
+        except SystemExit as ended:  # argparse prints and leaves
+            code = ended.code
+        assert code == 0
+        assert f"align {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command, primary",
+    [
+        (["evaluate"], "evaluate"),
+        (["evaluate", "calibrate"], "calibrate"),
+        (["sample"], "sample"),
+        (["chat"], "chat"),
+    ],
+)
+def test_help_explains_the_keys_of_a_configuration(
+    command: list[str], primary: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.dispatch([*command, "--help"]) == 0
+    assert (paths.conf() / f"{primary}.yaml").read_text() in capsys.readouterr().out
 
 
 def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,18 +51,18 @@ def test_every_evaluation_can_be_planned(name: str) -> None:
     given: list[str] = []
     for _ in GIVEN:
         try:
-            [planned] = evaluate.plan([f"eval={name}", *given])
+            [planned] = evaluate.plan(*evaluate.read([f"eval={name}", *given]))
             assert planned.name == name
             return
         except UserError as error:
             given += [word for why, word in GIVEN.items() if why in str(error) and word not in given]
-    evaluate.plan([f"eval={name}", *given])
+    evaluate.plan(*evaluate.read([f"eval={name}", *given]))
 
 
 @pytest.mark.parametrize("name", GROUPS["suite"])
 def test_every_suite_can_be_planned(name: str) -> None:
     given = ["eval.path=x"] if name.startswith("nca") else []
-    planned = evaluate.plan([f"suite={name}", "judge=local", *given])
+    planned = evaluate.plan(*evaluate.read([f"suite={name}", "judge=local", *given]))
     assert len(planned) > 1 and {each.name for each in planned} <= set(GROUPS["eval"])
 
 
@@ -121,7 +121,7 @@ def test_what_is_there_is_not_made_again(run: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ["loss", "diversity"])
 def test_other_code_of_a_runner_makes_an_evaluation_anew(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [planned] = evaluate.plan([f"eval={name}"])
+    [planned] = evaluate.plan(*evaluate.read([f"eval={name}"]))
     asked = find(str(run), Generate(batch=8, seed=0, precision="fp32", accelerator="cpu"))
     before = evaluate.fingerprint(planned, asked)
     assert evaluate.fingerprint(planned, asked) == before

@@ -175,7 +175,7 @@ def run(command: str) -> None:
     if not any(re.match(pattern, command) for pattern in PLANNED):
         assert align(*lengthened(command)) == exits.DONE, command
     elif words[0] == "evaluate":
-        assert evaluate.plan(words[2:])
+        assert evaluate.plan(*evaluate.read(words[2:]))
     elif words[0] == "reproduce":
         asked = reproduce.parse(words[1:])
         assert "--list" in asked.flags or recipe.find(str(asked.name))

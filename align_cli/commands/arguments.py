@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from align_cli import config, terminal
+from align_cli import config, paths, terminal
 from align_cli.config import Tree
 from align_cli.errors import UserError
 from align_cli.secrets import refuse_secrets
@@ -32,19 +32,32 @@ class Arguments:
     multirun: bool
     show_config: bool
 
-    def compose(self) -> Tree:
-        """The composed training configuration.
+    def compose(self, primary: str = "train") -> Tree:
+        """The composed configuration.
+
+        Args:
+            primary: the file of conf/ that it begins with.
 
         Raises:
             UserError: it cannot be composed, or is one of several (`-m`), which are for `align train` to compose.
         """
         if self.multirun:
             raise UserError("-m, --multirun: only align train takes it; one value for each key would be right here.")
-        return config.compose("train", self.overrides, self.config_dirs)
+        return config.compose(primary, self.overrides, self.config_dirs)
 
-    def print_config(self) -> None:
+    def print_config(self, primary: str = "train") -> None:
         """Print the composed configuration."""
-        terminal.result(yaml.safe_dump(self.compose(), sort_keys=False, allow_unicode=True).rstrip())
+        print_tree(self.compose(primary))
+
+
+def print_tree(tree: Tree) -> None:
+    """Print a configuration as YAML."""
+    terminal.result(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip())
+
+
+def explained(primary: str) -> str:
+    """The file of conf/ whose keys a command takes, each with its comment."""
+    return (paths.conf() / f"{primary}.yaml").read_text(encoding="utf-8").rstrip()
 
 
 def parse(argv: Sequence[str]) -> Arguments:

@@ -4,8 +4,6 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from align_cli import __version__, config, exits, results, terminal
 from align_cli.commands import arguments
 from align_cli.commands.listing import print_table
@@ -18,16 +16,17 @@ USAGE = "align evaluate calibrate FILE judge=NAME [calibrate.limit=N] [key=value
 
 def main(argv: Sequence[str]) -> int:
     """`calibrate FILE judge=NAME [key=value ...]`; returns the exit code."""
+    if {"-h", "--help"} & set(argv):
+        terminal.result(f"{USAGE}\n\n{arguments.explained('calibrate')}")
+        return exits.DONE
     if not argv or "=" in argv[0] or argv[0].startswith("-"):
         raise UserError(f"the file of published preferences comes first: {USAGE}")
     file, *rest = argv
     given = arguments.parse([*rest, f"calibrate.path={config.quoted(file)}"])
-    if given.multirun:
-        raise UserError("-m, --multirun: only align train takes it; one value for each key would be right here.")
-    tree = config.compose("calibrate", given.overrides, given.config_dirs)
     if given.show_config:
-        terminal.result(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip())
+        given.print_config("calibrate")
         return exits.DONE
+    tree = given.compose("calibrate")
     from align_cli.evals import calibrate
 
     problems = check(tree)

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -34,17 +33,14 @@ GAP = 3  # between two
 def main(argv: Sequence[str]) -> int:
     """`chat RUN_OR_MODEL [--against RUN_OR_MODEL] [key=value ...]`; returns the exit code."""
     if not argv or {"-h", "--help"} & set(argv):
-        file = (paths.conf() / "chat.yaml").read_text(encoding="utf-8")
-        terminal.result(f"{USAGE}\n\n{WORDS}.\n\n{file.rstrip()}")
+        terminal.result(f"{USAGE}\n\n{WORDS}.\n\n{arguments.explained('chat')}")
         return exits.DONE if argv else exits.USER
     names, rest = named(argv)
     given = arguments.parse(rest)
-    if given.multirun:
-        raise UserError("-m, --multirun: only align train takes it; one value for each key would be right here.")
-    tree = config.compose("chat", given.overrides, given.config_dirs)
     if given.show_config:
-        terminal.result(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip())
+        given.print_config("chat")
         return exits.DONE
+    tree = given.compose("chat")
     from align_cli import cache, chat, launch, subject
 
     problems = config.check(chat.Options, tree, "")

@@ -15,6 +15,7 @@ import yaml
 import align_cli
 from align_cli import config, exits, judges, paths, results, terminal
 from align_cli.commands import arguments, calibrate
+from align_cli.commands.arguments import Arguments
 from align_cli.commands.listing import print_table
 from align_cli.config import Tree
 from align_cli.errors import RunError, Stopped, UserError
@@ -46,21 +47,21 @@ class Planned:
 
 def main(argv: list[str]) -> int:
     """`evaluate RUN_OR_MODEL eval=NAME,... [key=value ...]`; returns the exit code."""
+    if argv[:1] == ["calibrate"]:
+        return calibrate.main(argv[1:])
     if not argv or {"-h", "--help"} & set(argv):
-        terminal.result(
-            f"{USAGE}\n{calibrate.USAGE}\n\nalign ls eval lists what there is, align ls suite the lists of them."
-        )
+        lists = "align ls eval lists what there is, align ls suite the lists of them, align show eval/NAME its options."
+        terminal.result(f"{USAGE}\n{calibrate.USAGE}\n\n{lists}\n\n{arguments.explained('evaluate')}")
         return exits.DONE if argv else exits.USER
     target, *rest = argv
-    if target == "calibrate":
-        return calibrate.main(rest)
     if target.startswith("-") or ("=" in target and not Path(target).exists()):
         raise UserError(f"{target}: the run or model comes first: {USAGE}")
-    planned = plan(rest)
+    named, given = read(rest)
+    planned = plan(named, given)
     tree = planned[0].tree
-    if "--cfg" in rest or "--config" in rest:
+    if given.show_config:
         for each in planned:
-            terminal.result(yaml.safe_dump({each.name: each.tree}, sort_keys=False, allow_unicode=True).rstrip())
+            arguments.print_tree({each.name: each.tree})
         return exits.DONE
     from align_cli.launch import refuse_foreign_ranks
 
@@ -77,14 +78,22 @@ def main(argv: list[str]) -> int:
 # --- what is asked
 
 
-def plan(argv: Sequence[str]) -> list[Planned]:
-    """The evaluations that the command line names, each composed and checked; nothing is loaded.
+def read(argv: Sequence[str]) -> tuple[list[str], Arguments]:
+    """The words of the command line that name evaluations, and the other ones.
+
+    Raises:
+        UserError: words that are none of a command line.
+    """
+    named = [word for word in argv if word.startswith(("eval=", "suite="))]
+    return named, arguments.parse([word for word in argv if word not in named])
+
+
+def plan(named: Sequence[str], given: Arguments) -> list[Planned]:
+    """The evaluations that a command line names, each composed and checked; nothing is loaded.
 
     Raises:
         UserError: all that is wrong with them.
     """
-    named = [word for word in argv if word.startswith(("eval=", "suite="))]
-    given = arguments.parse([word for word in argv if word not in named])
     if given.multirun:
         raise UserError("-m, --multirun: several evaluations are eval=NAME,NAME; one value for each key.")
     lists = [[f"eval={name}"] for name in _words(named, "eval=")]

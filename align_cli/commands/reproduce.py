@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_cli import config, exits, recipe, secrets
+from align_cli import config, exits, recipe, secrets, terminal
 from align_cli.commands.arguments import FOLDERS, NEEDS, PLUGINS, folders_of
 from align_cli.commands.listing import print_table
 from align_cli.errors import UserError
 from align_cli.recipe import RESULTS, SCALES
 
 USAGE = "align reproduce NAME|FILE [scale=tiny|paper] [seeds=N] [jobs=N] [dir=DIR] [shrink=ROWS] [--plan] [--json]"
+HELP = (
+    "A table or figure of a paper: its runs, measured, held against what it claims.\n"
+    "--plugin PACKAGE and --config-dir DIR as for align train."
+)
 KEYS = ("scale", "seeds", "jobs", "dir", "shrink")
 FLAGS = ("--plan", "--json", "--list", PLUGINS, FOLDERS)
 HOME = Path("reproductions")
@@ -34,6 +38,9 @@ class Asked:
 
 def main(argv: list[str]) -> int:
     """Reproduce one recipe, plan it, or list all; returns the exit code."""
+    if {"-h", "--help"} & set(argv):
+        terminal.result(f"{USAGE}\nalign reproduce --list\n\n{HELP}")
+        return exits.DONE
     asked = parse(argv)
     if "--list" in asked.flags:
         return listed()

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from align_cli import config, exits, paths, terminal
 from align_cli.commands import arguments
 from align_cli.config import Tree
@@ -16,20 +14,17 @@ USAGE = "align sample RUN_OR_MODEL PROMPTS OUT.jsonl [samples=K] [temperature=T]
 def main(argv: Sequence[str]) -> int:
     """`sample RUN_OR_MODEL PROMPTS OUT.jsonl [key=value ...]`; returns the exit code."""
     if not argv or {"-h", "--help"} & set(argv):
-        file = (paths.conf() / "sample.yaml").read_text(encoding="utf-8")
-        terminal.result(f"{USAGE}\n\n{file.rstrip()}")
+        terminal.result(f"{USAGE}\n\n{arguments.explained('sample')}")
         return exits.DONE if argv else exits.USER
     target, source, out = (*argv[:3], *[""] * (3 - len(argv[:3])))
     wrong = [word for word in (target, source, out) if not word or word.startswith("-")]
     if wrong or ("=" in out and not out.endswith(".jsonl")):
         raise UserError(f"the run or model, the prompts and the file of samples come first: {USAGE}")
     given = arguments.parse(argv[3:])
-    if given.multirun:
-        raise UserError("-m, --multirun: only align train takes it; one value for each key would be right here.")
-    tree = config.compose("sample", given.overrides, given.config_dirs)
     if given.show_config:
-        terminal.result(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip())
+        given.print_config("sample")
         return exits.DONE
+    tree = given.compose("sample")
     from align_cli import cache, launch, sample, subject
 
     problems = check(tree)
