@@ -1,9 +1,11 @@
-"""The arguments that train, score, plan and data show share: Hydra overrides and a few flags."""
+"""Arguments: Hydra overrides and a few flags, for commands with a configuration; a parser for those without."""
 
+import argparse
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
@@ -15,6 +17,21 @@ from align_cli.secrets import refuse_secrets
 SWITCHES = {"-m": "multirun", "--multirun": "multirun", "--cfg": "show_config", "--config": "show_config"}
 FOLDERS, PLUGINS = "--config-dir", "--plugin"
 NEEDS = {FOLDERS: "--config-dir needs a folder.", PLUGINS: "--plugin needs a package."}
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of a command without a configuration, whole words alone; a mistake is told as everywhere else."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            UserError: always, with the message.
+        """
+        raise UserError(f"{self.prog}: {message}. See {self.prog} --help.")
 
 
 @dataclass(frozen=True)

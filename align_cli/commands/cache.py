@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from align_cli import cache, exits, paths, terminal
 from align_cli.cache import RECORD, Damaged, Sample
+from align_cli.commands.arguments import Parser
 from align_cli.commands.listing import print_table
 from align_cli.errors import UserError
 
@@ -24,7 +25,7 @@ HEADINGS = ["what", "name", "from", "numerics", "holds", "size", "last used"]
 
 def main(argv: list[str]) -> int:
     """Run `ls`, `verify` or `gc`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="align cache", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="align cache", description=__doc__)
     commands = parser.add_subparsers(required=True)
     listing = commands.add_parser("ls", help="list what is kept", description=ls.__doc__)
     listing.set_defaults(command=ls)

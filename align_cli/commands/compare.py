@@ -4,7 +4,6 @@ The seeds of a group are its independent observations; `config.yaml` and `summar
 What `align evaluate` measured on the same items of several groups is compared item by item as well (`items`).
 """
 
-import argparse
 import itertools
 import json
 from collections import defaultdict
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from align_cli import exits, terminal
 from align_cli.commands import items
+from align_cli.commands.arguments import Parser
 from align_cli.commands.listing import print_table
 from align_cli.comparison import (
     METRICS,
@@ -36,14 +36,13 @@ OPTIONS = ("metric=", "against=", "--json")
 
 def main(argv: list[str]) -> int:
     """`compare RUN_OR_SWEEP ... [metric=NAMES] [against=TEXT] [--json]`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="align compare",
         usage="align compare RUN_OR_SWEEP ... [metric=NAME,NAME] [against=TEXT] [--json]",
         description="Compare groups of finished runs; the seeds of a group are its independent observations.",
         epilog=f"metric= takes names of summary.json; without it those of {', '.join(METRICS)} that all groups have, "
         "the loss where one algorithm makes it. against= is a part of the label of the group that the others are "
         "compared with; without it the first.",
-        allow_abbrev=False,
     )
     parser.add_argument("given", nargs="+", metavar="RUN_OR_SWEEP", help="a run directory, or a folder with some below")
     parser.add_argument("--json", action="store_true", help="the same as JSON")

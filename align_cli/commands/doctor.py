@@ -1,6 +1,5 @@
 """`align doctor`: versions, devices, what works on this machine, and what to do about the rest."""
 
-import argparse
 import importlib
 import logging
 import os
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align_cli import paths, rundir, terminal, tracking
+from align_cli.commands.arguments import Parser
 
 State = Literal["ok", "note", "missing"]
 
@@ -183,7 +183,7 @@ def examine(check: Callable[[], Finding]) -> Finding:
 
 def main(argv: list[str]) -> int:
     """Print a line for each finding; the exit code is 0 whatever is found."""
-    parser = argparse.ArgumentParser(prog="align doctor", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="align doctor", description=__doc__)
     parser.parse_args(argv)
     colours: dict[State, terminal.Style] = {"ok": "green", "note": "yellow", "missing": "red"}
     findings = [python(), *packages(), *map(examine, CHECKS)]

@@ -1,12 +1,12 @@
 """`align export`: a run's model as an ordinary Hugging Face folder, with adapters merged, read back and compared."""
 
-import argparse
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_cli import exits, rundir, terminal
+from align_cli.commands.arguments import Parser
 from align_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ TOLERANCE = 1e-3  # of a probe's log-probabilities in nats or of its score, for 
 
 def main(argv: list[str]) -> int:
     """`export RUN DEST`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="align export", description=__doc__)
+    parser = Parser(prog="align export", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("dest", type=Path, help="a new folder")
     given = parser.parse_args(argv)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli import paths, recipe, results, terminal
+from align_cli.commands.arguments import Parser
 from align_cli.errors import UserError
 from align_cli.rundir import CONFIG, flatten, holder, read_config, read_summary
 
@@ -217,7 +218,7 @@ def cp(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     """Run `ls`, `show` or `cp`: the first argument says which."""
-    parser = argparse.ArgumentParser(prog="align", allow_abbrev=False)
+    parser = Parser(prog="align")
     commands = parser.add_subparsers(required=True)
     listing = commands.add_parser("ls", help="list groups, recipes or runs", description=ls.__doc__)
     listing.add_argument("what", nargs="?", help="a group (algo, model, data, ...), recipes, or runs")

@@ -1,10 +1,10 @@
 """`align report`: one HTML page about a run, or about several, that needs nothing beside itself."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from align_cli import comparison, exits, rundir, terminal, tracking
+from align_cli.commands.arguments import Parser
 from align_cli.comparison import LeftOut
 from align_cli.config import did_you_mean
 from align_cli.errors import UserError
@@ -20,7 +20,7 @@ HEAD = 1024  # bytes of a file that tell whether it is a page of ours
 
 def main(argv: list[str]) -> int:
     """`report RUN_OR_SWEEP ... [out=FILE] [metric=NAME]`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="align report",
         usage="align report RUN_OR_SWEEP ... [out=FILE] [metric=NAME]",
         description="Write a page about a run or several: verdicts, curves, heat maps, samples, and what was run. It "
@@ -28,7 +28,6 @@ def main(argv: list[str]) -> int:
         epilog=f"Without out= it is {PAGE} in the folder that is given, {OF_RUNS} in one of align reproduce. metric= "
         "is a name of summary.json by which several runs are compared; without it that of "
         f"{', '.join(comparison.METRICS)} which most of them have.",
-        allow_abbrev=False,
     )
     parser.add_argument("given", nargs="+", metavar="RUN_OR_SWEEP", help="a run directory, or a folder with some below")
     folders, out, metric = split(parser.parse_args(argv).given)

@@ -1,6 +1,5 @@
 """`align verify`: algorithms held against what their papers prove, on a language model small enough to know it all."""
 
-import argparse
 import json
 import math
 import os
@@ -10,6 +9,7 @@ from dataclasses import asdict
 
 from align_cli import exits, terminal
 from align_cli.commands import arguments
+from align_cli.commands.arguments import Parser
 from align_cli.commands.listing import print_table
 from align_cli.verify.checks import Check
 
@@ -21,14 +21,13 @@ MEANING = (
 
 def main(argv: list[str]) -> int:
     """`verify [ALGO ...] [--json] [--plugin PACKAGE]`; returns 0 if everything holds, 1 if not."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="align verify",
         usage="align verify [ALGO ...] [--json] [--plugin PACKAGE] [--config-dir DIR]",
         description="Train algorithms by the ordinary loop on a language model whose every expectation is a sum, and "
         "hold values, gradients and the policies that they reach against what their papers prove.",
         epilog="Without names: all algorithms. --plugin examines those of a package of your own, too; a function "
         "`optimum` beside a loss says where it rests (CONTRIBUTING.md).",
-        allow_abbrev=False,
     )
     parser.add_argument("algorithms", nargs="*", metavar="ALGO", help="names of the group algo")
     parser.add_argument("--json", action="store_true", help="the same as JSON, with statements and sources")
