@@ -218,6 +218,11 @@ def test_a_file_of_several_models_asks_which(tmp_path: Path) -> None:
         alpaca_eval.alpaca_eval(Answering(), judge=None, **options("alpaca_eval", annotations=path))
     with pytest.raises(UserError, match=r"eval\.generator=twoo: not in .*Did you mean 'two'"):
         alpaca_eval.alpaca_eval(Answering(), judge=None, **options("alpaca_eval", annotations=path, generator="twoo"))
+    gone = str(tmp_path / "gone.json")
+    with pytest.raises(UserError, match=r"^eval\.annotations=.*/gone\.json: there is no such file"):
+        alpaca_eval.alpaca_eval(Answering(), judge=None, **options("alpaca_eval", annotations=gone))
+    with pytest.raises(UserError, match=r"^eval\.difficulty=.*/gone\.json: there is no such file"):
+        alpaca_eval.difficulty_of(gone, ["one"], 0.1)
     with pytest.raises(UserError, match=r"judge=openai .* or eval\.annotations=FILE"):
         alpaca_eval.alpaca_eval(Answering(), judge=None, **options("alpaca_eval"))
 
@@ -381,6 +386,10 @@ def test_a_judge_that_always_ties_agrees_with_nobody(tmp_path: Path, monkeypatch
     assert found.result.figures["agreement"] == found.result.figures["kappa"] == 0
     assert "agreement_decided" not in found.result.figures and "spearman" not in found.result.figures
     assert len(found.result.items) == 4
+    with pytest.raises(UserError, match=r"^calibrate\.path=.*/gone\.json: there is no such file"):
+        calibrate.calibrate(
+            judge(server.url, monkeypatch), path=str(tmp_path / "gone.json"), limit=4, margin=0.3, seed=1
+        )
     with pytest.raises(UserError, match=r"calibrate\.margin=1"):
         calibrate.calibrate(judge(server.url, monkeypatch), path=path, limit=4, margin=1.0, seed=1)
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from align_cli.data import benchmarks
+from align_cli.data.benchmarks import Benchmark
 from align_cli.data.fields import field, items, mapping, number, one_user, text
 from align_cli.data.records import Message, Row, RowError
 
@@ -39,6 +41,21 @@ class Pair:
     models: tuple[str, str]
     responses: tuple[str, str]
     label: float
+
+
+def read(path: str, *, key: str) -> tuple[list[Published], str]:
+    """The preferences of a file, with its digest.
+
+    Args:
+        key: what names the file, for messages.
+
+    Raises:
+        UserError: it is not there, or is of another schema.
+    """
+    data = Benchmark(path=path, hub=None, revision=None, subset=None, split="train", source="annotations")
+    labelled, digest = benchmarks.load(data, key=key)
+    rows, _ = benchmarks.read(labelled, published)
+    return [each for row in rows for each in row], digest
 
 
 def published(row: Row, place: str) -> list[Published]:

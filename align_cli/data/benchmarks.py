@@ -11,6 +11,7 @@ from align_cli.data.fields import field, items, kind, number, text
 from align_cli.data.records import Row, RowError
 from align_cli.errors import UserError
 
+PATH = "eval.path"
 Subsets = str | list[str] | None
 T = TypeVar("T")
 
@@ -87,35 +88,36 @@ class Task:
 # --- rows
 
 
-def load(benchmark: Benchmark, key: str) -> tuple[list[rows.Labelled], str]:
+def load(benchmark: Benchmark, *, key: str = PATH) -> tuple[list[rows.Labelled], str]:
     """The rows of a benchmark, in order, and a digest of them.
 
     Args:
-        key: the evaluation's name, for messages.
+        key: what names its path, for messages; another one than `eval.path` is of a single file of a fixed schema.
 
     Raises:
         UserError: they are not here and cannot be fetched, with how to get them.
     """
-    found = _local(benchmark) if benchmark.path is not None else _from_hub(benchmark, key)
+    found = _local(benchmark, key) if benchmark.path is not None else _from_hub(benchmark)
     labelled = [each for part in found for each in part.rows()]
     if not labelled:
         raise UserError(f"{benchmark.name} has no rows.")
     return labelled, "-".join(part.identity[:16] for part in found)
 
 
-def _local(benchmark: Benchmark) -> list[rows.Rows]:
+def _local(benchmark: Benchmark, key: str) -> list[rows.Rows]:
     path = str(benchmark.path)
     folder = Path(path).expanduser()
     parts: Sequence[str | None] = [each for each in benchmark.subsets if (folder / each).is_dir()] or [None]
     try:
         if not folder.exists():
-            raise UserError(f"eval.path={path}: there is no such file or folder (seen from {Path.cwd()}).")
+            raise UserError(f"{key}={path}: there is no such file or folder (seen from {Path.cwd()}).")
         return [rows.open_rows(path, revision=None, subset=part, split=benchmark.split) for part in parts]
     except UserError as error:
-        raise UserError(re.sub(r"\bdata\.(path|split|subset)\b", r"eval.\1", str(error))) from error
+        named = re.sub(r"\bdata\.(split|subset)\b", r"eval.\1", str(error).replace("data.path", key))
+        raise UserError(named if key == PATH else named.replace(" (eval.split)", "")) from error
 
 
-def _from_hub(benchmark: Benchmark, key: str) -> list[rows.Rows]:
+def _from_hub(benchmark: Benchmark) -> list[rows.Rows]:
     """From the hub or its local cache."""
     hub = benchmark.hub
     if hub is None:

@@ -92,7 +92,7 @@ def alpaca_eval(
         )
     else:
         data = Benchmark(path=path, hub=hub, revision=revision, subset=subset, split=split, source=source)
-        labelled, digest = benchmarks.load(data, "alpaca_eval")
+        labelled, digest = benchmarks.load(data)
         asked, _ = benchmarks.read(labelled[:limit], conversations.alpaca_eval)
         prompts = [as_prompt(each.dialogue, template, subject) for each in asked]
         drawn = subject.respond(prompts, samples=1, temperature=temperature, max_new_tokens=max_new_tokens)
@@ -136,20 +136,8 @@ def _controlled(compared: Compared, difficulty: str | None, ridge: float) -> dic
 # --- published preferences
 
 
-def read_published(path: str) -> tuple[list[Published], str]:
-    """The preferences of a file, with its digest.
-
-    Raises:
-        UserError: it is not there, or is of another schema.
-    """
-    data = Benchmark(path=path, hub=None, revision=None, subset=None, split="train", source="annotations")
-    labelled, digest = benchmarks.load(data, "alpaca_eval")
-    rows, _ = benchmarks.read(labelled, annotations.published)
-    return [each for row in rows for each in row], digest
-
-
 def _published(path: str, generator: str | None, limit: int | None) -> tuple[list[Published], dict[str, Scalar]]:
-    whole, digest = read_published(path)
+    whole, digest = annotations.read(path, key="eval.annotations")
     models = list(dict.fromkeys(each.model for each in whole))
     if generator is None and len(models) != 1:
         raise UserError(f"eval.annotations={path}: of {', '.join(models)}; eval.generator=NAME says which is meant.")
@@ -216,7 +204,7 @@ def _table(path: str) -> dict[str, float]:
 
 
 def _fitted(path: str, ridge: float) -> dict[str, float]:
-    whole, _ = read_published(path)
+    whole, _ = annotations.read(path, key="eval.difficulty")
     by_model: dict[str, dict[str, Published]] = {}
     for each in whole:
         if each.other is not None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from align_cli import verdicts
-from align_cli.data import annotations, benchmarks
+from align_cli.data import annotations
 from align_cli.data.annotations import Pair
-from align_cli.data.benchmarks import Benchmark
 from align_cli.errors import UserError
 from align_cli.evals import Item, Result
 from align_cli.evals.judge import judged_by
@@ -58,10 +57,8 @@ def calibrate(judge: Judge, *, path: NotEmpty, limit: Count | None, margin: Frac
         UserError: the file cannot be read, or no pair is left.
         RunError: the judge cannot be asked further; what it has said is kept.
     """
-    data = Benchmark(path=path, hub=None, revision=None, subset=None, split="train", source="annotations")
-    labelled, digest = benchmarks.load(data, "calibrate")
-    rows, _ = benchmarks.read(labelled, annotations.published)
-    whole = annotations.pairs_of([each for row in rows for each in row], margin=margin)
+    published, digest = annotations.read(path, key="calibrate.path")
+    whole = annotations.pairs_of(published, margin=margin)
     pairs = drawn(whole, limit, seed)
     if not pairs:
         raise UserError(f"{path}: no pair is decided by calibrate.margin={margin:g}; a smaller one would be right.")

@@ -67,7 +67,7 @@ def code(
     if not k or max(k) > samples:
         raise UserError(f"eval.k={k}: numbers of at most eval.samples={samples} would be right.")
     data = Benchmark(path=path, hub=hub, revision=revision, subset=subset, split=split, source=source)
-    labelled, digest = benchmarks.load(data, rows)
+    labelled, digest = benchmarks.load(data)
     tasks, _ = benchmarks.read(labelled[:limit], find("align_cli.data.benchmarks", rows, "eval", told="rows"))
     kind = resolved(template, subject)
     asked = [_asked(task, prompt, kind) for task in tasks]

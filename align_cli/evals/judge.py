@@ -48,7 +48,7 @@ def judge(
         RunError: the judge cannot be asked further; what it has said is kept.
     """
     data = Benchmark(path=path, hub=None, revision=None, subset=None, split=split, source="prompts")
-    labelled, digest = benchmarks.load(data, "judge")
+    labelled, digest = benchmarks.load(data)
     records, _ = benchmarks.read(labelled[:limit], schemas.record)
     dialogues = [_dialogue(record) for record in records]
 

@@ -70,7 +70,7 @@ def mathematics(
         raise UserError(f"eval.prompt={prompt!r}: a text with {{question}} in it would be right.")
     reader = find("align_cli.data.benchmarks", rows, "eval", told="rows")
     data = Benchmark(path=path, hub=hub, revision=revision, subset=subset, split=split, source=source)
-    labelled, digest = benchmarks.load(data, rows)
+    labelled, digest = benchmarks.load(data)
     questions, left_out = benchmarks.read(labelled, reader)
     examples, questions = _examples(data, questions, reader, shots, shots_split, rows)
     questions = questions[:limit]
@@ -123,7 +123,7 @@ def _examples(
         examples, questions = questions[:shots], questions[shots:]
     else:
         assert split is not None
-        there, _ = benchmarks.load(replace(data, split=split), rows)
+        there, _ = benchmarks.load(replace(data, split=split))
         examples, _ = benchmarks.read(there[:shots], reader)
     if len(examples) < shots:
         raise UserError(f"eval.shots={shots}: {data.name} has {len(examples)} examples.")

@@ -53,7 +53,7 @@ def mt_bench(
         RunError: the judge cannot be asked further; what it has said is kept.
     """
     data = Benchmark(path=path, hub=hub, revision=revision, subset=subset, split=split, source=source)
-    labelled, digest = benchmarks.load(data, "mt_bench")
+    labelled, digest = benchmarks.load(data)
     talks, _ = benchmarks.read(labelled[:limit], conversations.mt_bench)
     warmth = [TEMPERATURES.get(talk.category, 0.0) if temperature is None else temperature for talk in talks]
     held = converse(subject, talks, warmth, template, max_new_tokens)

@@ -84,7 +84,7 @@ def rewardbench(
             "or a folder of a sequence classifier with one label, would be right."
         )
     data = Benchmark(path=path, hub=hub, revision=revision, subset=subset, split=split, source=source)
-    labelled, digest = benchmarks.load(data, "rewardbench")
+    labelled, digest = benchmarks.load(data)
     whole, _ = benchmarks.read(labelled, conversations.rewardbench)
     choices = first_of_each(whole, limit)
     asked = [as_prompt(each.dialogue, template, subject) for each in choices]

@@ -143,7 +143,7 @@ def test_rows_come_from_a_file_a_folder_and_a_copy_of_the_hub(tmp_path: Path) ->
     write(tmp_path / "copy" / "socratic" / "test.jsonl", [GSM8K] * 4)
 
     def count(benchmark: Benchmark) -> int:
-        return len(benchmarks.load(benchmark, "gsm8k")[0])
+        return len(benchmarks.load(benchmark)[0])
 
     assert count(at(file)) == 1
     assert count(at(tmp_path / "copy", subset="main")) == 2
@@ -155,7 +155,7 @@ def test_rows_come_from_a_file_a_folder_and_a_copy_of_the_hub(tmp_path: Path) ->
 def test_the_digest_follows_what_the_rows_hold(tmp_path: Path) -> None:
     one, same = (write(tmp_path / name, [GSM8K]) for name in ("a.jsonl", "b.jsonl"))
     other = write(tmp_path / "c.jsonl", [GSM8K, GSM8K])
-    digests = [benchmarks.load(at(path), "gsm8k")[1] for path in (one, same, other)]
+    digests = [benchmarks.load(at(path))[1] for path in (one, same, other)]
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -169,25 +169,25 @@ def test_data_that_is_not_at_hand_is_one_sentence_on_how_to_get_it(
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"hf download --repo-type dataset openai/gsm8k .* eval\.path=gsm8k"):
-        benchmarks.load(at(None), "gsm8k")
+        benchmarks.load(at(None))
     with pytest.raises(UserError, match=r"not on the hub; eval\.path=FILE with leetcode-test\.json"):
-        benchmarks.load(at(None, hub=None, source="leetcode-test.json"), "leetcode")
+        benchmarks.load(at(None, hub=None, source="leetcode-test.json"))
     with pytest.raises(UserError, match=r"eval\.path=.*/nowhere: there is no such file"):
-        benchmarks.load(at(tmp_path / "nowhere"), "gsm8k")
+        benchmarks.load(at(tmp_path / "nowhere"))
     write(tmp_path / "copy" / "train.jsonl", [GSM8K])
     with pytest.raises(UserError, match=r"no file for the split 'test' \(eval\.split\)"):
-        benchmarks.load(at(tmp_path / "copy"), "gsm8k")
+        benchmarks.load(at(tmp_path / "copy"))
     with pytest.raises(UserError, match="has no rows"):
-        benchmarks.load(at(write(tmp_path / "empty.jsonl", [])), "gsm8k")
+        benchmarks.load(at(write(tmp_path / "empty.jsonl", [])))
 
 
 def test_a_malformed_row_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", [GSM8K, {"question": "q"}])
-    labelled, _ = benchmarks.load(at(file), "gsm8k")
+    labelled, _ = benchmarks.load(at(file))
     with pytest.raises(UserError, match=r"rows\.jsonl:2: no 'answer'"):
         benchmarks.read(labelled, benchmarks.gsm8k)
     file.write_text("{broken\n")
-    labelled, _ = benchmarks.load(at(file), "gsm8k")
+    labelled, _ = benchmarks.load(at(file))
     with pytest.raises(UserError, match=r"rows\.jsonl:1: not JSON"):
         benchmarks.read(labelled, benchmarks.gsm8k)
 
@@ -195,7 +195,7 @@ def test_a_malformed_row_is_named(tmp_path: Path) -> None:
 def test_questions_without_an_answer_are_counted_and_left_out(tmp_path: Path) -> None:
     row = {"question": "q", "solution": "s", "answer": "5"}
     file = write(tmp_path / "rows.jsonl", [row, row | {"answer": "None"}, row])
-    questions, left_out = benchmarks.read(benchmarks.load(at(file), "gsm_plus")[0], benchmarks.gsm_plus)
+    questions, left_out = benchmarks.read(benchmarks.load(at(file))[0], benchmarks.gsm_plus)
     assert [each.id for each in questions] == ["0", "2"] and left_out == 1
 
 
@@ -209,7 +209,7 @@ def test_each_choice_names_a_schema_that_is_read(path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the data is not here: no {SHARED}")
 def test_every_real_problem_of_gsm8k_has_a_number_for_an_answer() -> None:
-    labelled, _ = benchmarks.load(at(SHARED / "gsm8k_train_2000.jsonl"), "gsm8k")
+    labelled, _ = benchmarks.load(at(SHARED / "gsm8k_train_2000.jsonl"))
     questions, left_out = benchmarks.read(labelled, benchmarks.gsm8k)
     assert len(questions) == 2000 and left_out == 0
     for each in questions:

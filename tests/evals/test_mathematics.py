@@ -141,7 +141,7 @@ def test_fifty_real_problems_run_from_the_command_line(tmp_path: Path, reader_mo
 def test_the_real_solutions_of_fifty_problems_are_all_right() -> None:
     path = SHARED / "gsm8k_train_2000.jsonl"
     given = options_of("gsm8k", path=str(path), shots=0, limit=50)
-    labelled = benchmarks.load(benchmarks.Benchmark(str(path), None, None, None, "test", ""), "gsm8k")[0][:50]
+    labelled = benchmarks.load(benchmarks.Benchmark(str(path), None, None, None, "test", ""))[0][:50]
     questions, _ = benchmarks.read(labelled, benchmarks.gsm8k)
     result = mathematics(cast(Any, Scripted([[each.solution or ""] for each in questions])), **given)
     assert [item.values["accuracy"] for item in result.items] == [1.0] * 50
