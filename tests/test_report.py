@@ -453,6 +453,7 @@ def test_a_thousand_runs_make_a_page_of_a_few_megabytes(tmp_path: Path) -> None:
         (["empty"], "is no run directory and holds none"),
         (["runs", "metric=eval/after/rewrad"], "Did you mean 'eval/after/reward'?"),
         (["runs", "metric="], "one name after metric= would be right"),
+        (["runs/a", "metric=eval/after/reward"], "metric=eval/after/reward compares runs, and runs/a is one"),
         (["runs", "out=a", "out=b"], "one file after out= would be right"),
         (["runs/a", "runs/b"], "2 folders are given; out=FILE"),
         (["runs", "out=precious.txt"], "precious.txt exists and is no page of align report"),

@@ -32,6 +32,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("given", nargs="+", metavar="RUN_OR_SWEEP", help="a run directory, or a folder with some below")
     folders, out, metric = split(parser.parse_args(argv).given)
     paths = comparison.find(folders)
+    if metric is not None and len(paths) == 1:
+        raise UserError(
+            f"metric={metric} compares runs, and {paths[0]} is one; without it its page has all its figures."
+        )
     where = _where(folders, out)
     unread: list[LeftOut] = []
     runs: list[Content] = []
