@@ -24,8 +24,6 @@ def main(argv: list[str]) -> int:
 
     with cache.in_use(paths.cache()):
         prepared = prepare(checked)
-        if index >= len(prepared.train):
-            raise UserError(f"index={index}: the data has prompts 0 to {len(prepared.train) - 1}.")
         show(prepared.train, prepared.tokenizer, index, Console())
     return exits.DONE
 

@@ -21,7 +21,7 @@ def show(store: Store, tokenizer: PreTrainedTokenizerBase, index: int, console: 
         UserError: the store has no such group.
     """
     if not 0 <= index < len(store):
-        raise UserError(f"example {index} of a dataset of {len(store)}: give a number from 0 to {len(store) - 1}.")
+        raise UserError(f"index={index}: the data has prompts 0 to {len(store) - 1}.")
     group = store[index]
     console.print(Text(f"{group.where}: {len(group.responses)} responses", style="bold"))
     prompt = group.prompt.tolist()

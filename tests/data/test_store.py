@@ -482,5 +482,5 @@ def test_an_example_is_shown_with_its_special_tokens_ratings_and_lengths(
     assert f"prompt, {len(store[0].prompt)} tokens, not trained on" in shown
     assert f"ids {' '.join(map(str, store[0].responses[0].tolist()))}\n" in shown
     assert "\x1b" not in shown and "\x1b[32m sat." in coloured.getvalue()
-    with pytest.raises(UserError, match="from 0 to 0"):
+    with pytest.raises(UserError, match="index=1: the data has prompts 0 to 0"):
         show(store, words, 1, Console(file=plain))
