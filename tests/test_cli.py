@@ -4,6 +4,7 @@ import importlib
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +120,13 @@ def test_cfg_prints_the_composed_configuration(capsys: pytest.CaptureFixture[str
         ("align show recipes/nca/figure5", {"recipes/nca/figure5"}),
         ("align reproduce nca/figure5", {"nca/figure5"}),
         ("align reproduce nca/figure5 sc", {"scale="}),
+        ("align reproduce nca/figure5 scale=t", {"scale=tiny"}),
+        ("align reproduce nca/figure5 sh", {"shrink="}),
+        ("align reproduce nca/figure5 --", {"--plan", "--json", "--list", "--plugin", "--config-dir"}),
+        ("align verify nc", {"nca"}),
+        ("align verify nca --j", {"--json"}),
+        ("align study con", {"contrast_variance"}),
+        ("align study contrast_variance s", {"seed="}),
         ("align ls rec", {"recipes"}),
         ("align score algo=nc", {"algo=nca"}),
         ("align sample RUN prompts.jsonl out.jsonl s", {"samples=", "seed=", "system=", "scorer="}),
@@ -133,6 +141,11 @@ def test_cfg_prints_the_composed_configuration(capsys: pytest.CaptureFixture[str
 )
 def test_completion_knows_commands_groups_and_keys(line: str, answers: set[str]) -> None:
     assert set(completion.complete(line)) == answers
+
+
+def test_a_folder_that_is_exported_is_completed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert completion.complete(f"align export {tmp_path}/r") == [str(tmp_path / "run")]
 
 
 def test_completion_can_be_installed(capsys: pytest.CaptureFixture[str]) -> None:

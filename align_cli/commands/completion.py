@@ -1,6 +1,8 @@
 """Shell completion: `eval "$(align -sc install=bash)"` once, then TAB completes commands, groups and keys."""
 
 import os
+import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 
 from align_cli import exits, recipe, terminal
@@ -43,16 +45,13 @@ def complete(line: str) -> list[str]:
     command = before[1]
     if command == "cache":
         return [name for name in ("ls", "verify", "gc") if len(before) == 2 and name.startswith(word)]
-    if command in ("compare", "report"):
-        return [name for name in words_for(command, word) if name.startswith(word)]
     groups = group_names()
     if command in ("show", "cp", "ls"):
         known = {**groups, "recipes": list(recipe.names())}
         names = list(known) if command == "ls" else [f"{g}/{o}" for g, options in known.items() for o in options]
         return [name for name in names if name.startswith(word)]
-    if command == "reproduce":
-        names = [*recipe.names(), *(f"{key}=" for key in ("scale", "seeds", "jobs", "dir")), "--plan", "--list"]
-        return [name for name in names if name.startswith(word)]
+    if command in PLAIN:
+        return [name for name in PLAIN[command](word) if name.startswith(word)]
     if command not in ("train", "score", "plan", "data", *OF_MODELS):
         return []
     primary = command if command in OF_MODELS else "train"
@@ -72,21 +71,63 @@ def complete(line: str) -> list[str]:
     return [f"{name}=" for name in [*groups, *keys(primary)] if name.startswith(word)]
 
 
-def words_for(command: str, word: str) -> list[str]:
-    """Options of compare or report, the usual figures, and the folders that a word may become."""
-    from align_cli.commands import compare, report
+def of_compare(word: str) -> list[str]:
+    """Options of compare, the usual figures, and folders."""
+    from align_cli.commands import compare
+
+    return [*compare.OPTIONS, *figures(word), *folders(word)]
+
+
+def of_report(word: str) -> list[str]:
+    """Options of report, the usual figures, and folders."""
+    from align_cli.commands import report
+
+    return [*report.OPTIONS, *figures(word), *folders(word)]
+
+
+def of_reproduce(word: str) -> list[str]:
+    """Recipes, keys and flags."""
+    from align_cli.commands import reproduce
+
+    scales = [f"scale={name}" for name in recipe.SCALES] if word.startswith("scale=") else []
+    return [*recipe.names(), *(f"{key}=" for key in reproduce.KEYS), *scales, *reproduce.FLAGS]
+
+
+def of_study(word: str) -> list[str]:
+    """The names of our studies, and keys."""
+    from align_cli import studies
+
+    return [*(module.name for module in pkgutil.iter_modules(studies.__path__)), "seed=", "out=", "--plugin"]
+
+
+def of_verify(word: str) -> list[str]:
+    """Algorithms and flags."""
+    return [*group_names()["algo"], "--json", "--plugin", "--config-dir"]
+
+
+def figures(word: str) -> list[str]:
+    """What `metric=` may become, a name or several."""
     from align_cli.comparison import METRICS
 
-    options = {"compare": compare.OPTIONS, "report": report.OPTIONS}[command]
     done, comma, _ = word.rpartition(",")
-    figures = [f"{done}{comma}{name}" if comma else f"metric={name}" for name in METRICS]
-    return [*options, *(figures if word.startswith("metric=") else []), *folders(word)]
+    return [f"{done}{comma}{name}" if comma else f"metric={name}" for name in METRICS if word.startswith("metric=")]
 
 
 def folders(word: str) -> list[str]:
     """The folders that a word may become."""
     above = Path(word.rpartition("/")[0] or ("/" if word.startswith("/") else "."))
     return sorted(str(path) for path in above.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+# What may stand anywhere behind a command that has no configuration, given how the word begins.
+PLAIN: dict[str, Callable[[str], list[str]]] = {
+    "compare": of_compare,
+    "report": of_report,
+    "reproduce": of_reproduce,
+    "study": of_study,
+    "verify": of_verify,
+    "export": folders,
+}
 
 
 def keys(primary: str) -> list[str]:
