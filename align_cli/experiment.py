@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from align_cli import advantages, columns, config, memory, refusals, rundir
+from align_cli import advantages, columns, config, memory, refusals, rewards, rundir
 from align_cli.config import Tree
 from align_cli.data.options import Data
 from align_cli.divergences import Divergence
@@ -195,6 +195,11 @@ class Experiment:
     def pairwise(self) -> bool:
         """Whether the loss compares two responses, so that a prompt without a strict preference teaches nothing."""
         return "pairs" in self.made
+
+    @property
+    def labelled(self) -> bool:
+        """Whether rewards are labels of the best response, so that a prompt whose best are all of them teaches nothing."""
+        return self.tree["reward"]["name"] in rewards.LABELS
 
     @property
     def per_token(self) -> bool:

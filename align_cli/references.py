@@ -336,11 +336,15 @@ class MismatchKL:
 
 
 def mismatched(groups: Sequence[Group]) -> list[Group]:
-    """Each prompt with the first response of the next that is another, K = 1; none where all are the same."""
+    """Each prompt with a response to the next that is another, K = 1; none where all are the same.
+
+    Responses take turns by place, as the best may come first: z is a mean over good and bad ones.
+    """
     pairs: list[Group] = []
     for place, own in enumerate(groups):
         following = [*groups[place + 1 :], *groups[:place]]
         other = next((each for each in following if not np.array_equal(each.prompt, own.prompt)), None)
         if other is not None:
-            pairs.append(replace(own, responses=(other.responses[0],), ratings=own.ratings[:1]))
+            response = other.responses[place % len(other.responses)]
+            pairs.append(replace(own, responses=(response,), ratings=own.ratings[:1]))
     return pairs

@@ -13,6 +13,9 @@ from torch import Tensor
 from align_cli.ranges import OpenFraction, Positive
 
 
+LABELS = ("hard", "smoothed")  # rewards that say which response is best, and not how good each is
+
+
 def given(ratings: Tensor) -> Tensor:
     """The ratings as they are, (B, K)."""
     return ratings
@@ -38,16 +41,18 @@ def smoothed(ratings: Tensor, *, label_smoothing: OpenFraction, alpha: Positive)
     """The logarithm of a label of 1 - ε on the best response and ε on the others together, times α.
 
     Args:
-        ratings: (B, K), K >= 2; the first of equally rated best responses has the label.
+        ratings: (B, K), K >= 2; equally rated best responses share the label, and all of them where none is worse.
         label_smoothing: ε.
         alpha: the reward temperature of the loss.
 
     Returns:
         (B, K) such that softmax(smoothed/α) is the label. EXO-pref, arXiv:2402.00856, eq. (16), on pairs.
     """
-    best = torch.nn.functional.one_hot(ratings.argmax(dim=-1), ratings.shape[-1]).bool()
-    others = torch.full_like(ratings, math.log(label_smoothing / (ratings.shape[-1] - 1)))
-    return alpha * others.masked_fill(best, math.log1p(-label_smoothing))
+    best = ratings == ratings.amax(dim=-1, keepdim=True)
+    tied = best.sum(dim=-1, keepdim=True).to(ratings.dtype)
+    worse = ratings.shape[-1] - tied
+    top = math.log1p(-label_smoothing) * (worse > 0).to(ratings.dtype) - tied.log()
+    return alpha * torch.where(best, top, math.log(label_smoothing) - worse.clamp(min=1).log())
 
 
 def contrastive(ratings: Tensor, baselines: Tensor, *, aggregate: Literal["mean", "median", "max", "min"]) -> Tensor:

@@ -98,6 +98,7 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
         cache=paths.cache() / "data",
         say=say,
         pairwise=experiment.pairwise and isinstance(source, FromDataset),  # a run that samples compares samples
+        strict=experiment.labelled and isinstance(source, FromDataset),
         sampled=source.max_new_tokens if isinstance(source, FromPolicy) else None,
     )
     cache.touch(store.path.parent)

@@ -48,9 +48,10 @@ def test_a_smoothed_pair_is_that_of_exo_pref() -> None:
     assert_close(found, expected, rtol=1e-12, atol=0)
 
 
-def test_the_first_of_tied_responses_has_the_smoothed_label() -> None:
-    label = smoothed(TIED, label_smoothing=0.2, alpha=1.0).softmax(-1)
-    assert_close(label, torch.tensor([[0.8, 0.1, 0.1]] * 2, dtype=torch.float64))
+def test_tied_responses_share_the_smoothed_label() -> None:
+    """And where all are tied, nothing is preferred."""
+    label = smoothed(TIED, label_smoothing=0.2, alpha=1.0).exp()
+    assert_close(label, torch.tensor([[0.4, 0.4, 0.2], [1 / 3] * 3], dtype=torch.float64))
 
 
 def test_the_label_is_the_limit_of_little_smoothing() -> None:

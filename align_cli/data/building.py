@@ -44,9 +44,11 @@ class Build:
         seed: int,
         say: Say,
         pairwise: bool,
+        strict: bool,
         sampled: int | None,
     ) -> None:
-        self.data, self.seed, self.say, self.pairwise, self.sampled = data, seed, say, pairwise, sampled
+        self.data, self.seed, self.say, self.sampled = data, seed, say, sampled
+        self.pairwise, self.strict = pairwise, strict or pairwise
         self.template = Template(tokenizer, template=data.template, system=data.system)
         self.counts: Counter[str] = Counter()
         self.reasons: list[str] = []
@@ -136,7 +138,7 @@ class Build:
             )
         pairs = data.pairs if self.pairwise else None
         kept = choose(record, responses=data.responses, keep=data.keep, pairs=pairs, seed=self.seed)
-        if kept is None or (self.pairwise and len(set(kept.ratings)) < 2):
+        if kept is None or (self.strict and len(set(kept.ratings)) < 2):
             self.counts["without_preference"] += 1
             return None
         return kept
@@ -178,8 +180,8 @@ class Build:
             )
         if counts["without_preference"]:
             raise UserError(
-                f"no row of {source.name} prefers one response to another, and the algorithm compares two. "
-                "Give ratings that differ, or choose an algorithm that does not compare."
+                f"no row of {source.name} prefers one response to another, and the algorithm learns from preferences. "
+                "Give ratings that differ, or choose an algorithm or a reward that does not compare."
             )
         raise UserError(f"all {counts['rows']} rows of {source.name} are malformed; the first: {self.reasons[0]}.")
 

@@ -159,6 +159,7 @@ def prepare(
     cache: Path,
     say: Say,
     pairwise: bool,
+    strict: bool,
     sampled: int | None,
 ) -> tuple[Store, Store]:
     """The training and the held-out groups of a dataset; the latter may be empty.
@@ -167,7 +168,9 @@ def prepare(
         seed: of the random choice of responses.
         cache: where prepared datasets are kept.
         say: is told, in one line each, what is found and done.
-        pairwise: the algorithm compares two responses: prompts without a strict preference are dropped.
+        pairwise: the algorithm compares two responses: `data.pairs` says which, and prompts without a strict preference
+            are dropped.
+        strict: the same prompts are dropped, and no pairs are made.
         sampled: most tokens of the responses that a run samples; then prompts alone are kept, and what the rows say of
             responses drops none. None: the run learns from the rows' own.
 
@@ -186,14 +189,14 @@ def prepare(
     sources = [source.identity, held_out.identity if held_out else ""]
     told = {**asdict(data), "expected": None}
     decides = json.dumps(
-        [sources, told, identity(tokenizer), seed, pairwise, sampled, code(converter(data))], sort_keys=True
+        [sources, told, identity(tokenizer), seed, pairwise, strict, sampled, code(converter(data))], sort_keys=True
     )
     folder = cache / hashlib.sha256(decides.encode()).hexdigest()[:32]
     if not (folder / "train").is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with alone(folder.with_suffix(".lock"), lambda: say(f"another process is reading {source.name}: waiting")):
             if not (folder / "train").is_dir():
-                work = Build(data, tokenizer, seed=seed, say=say, pairwise=pairwise, sampled=sampled)
+                work = Build(data, tokenizer, seed=seed, say=say, pairwise=pairwise, strict=strict, sampled=sampled)
                 build(folder, work, source, held_out)
     train = Store(folder / "train")
     say(summary(train.report))

@@ -65,13 +65,15 @@ def made(
     rows: Sequence[Mapping[str, object] | str] = GOOD,
     *,
     pairwise: bool = False,
+    strict: bool = False,
     sampled: int | None = None,
     told: list[str] | None = None,
     **options: object,
 ) -> tuple[Store, Store]:
     data = replace(DATA, **{"path": str(written(folder, rows)), **options})  # pyright: ignore[reportArgumentType]
     say = (told if told is not None else []).append
-    return prepare(data, tokenizer, seed=0, cache=folder / "cache", say=say, pairwise=pairwise, sampled=sampled)
+    cache = folder / "cache"
+    return prepare(data, tokenizer, seed=0, cache=cache, say=say, pairwise=pairwise, strict=strict, sampled=sampled)
 
 
 def test_a_store_gives_back_what_was_tokenised(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
@@ -184,7 +186,7 @@ store.build = slowly
 tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
 data = replace(DATA, path=str(folder / "rows.jsonl"))
 told = lambda line: print(line, flush=True)
-store.prepare(data, tokenizer, seed=0, cache=folder / "cache", say=told, pairwise=False, sampled=None)
+store.prepare(data, tokenizer, seed=0, cache=folder / "cache", say=told, pairwise=False, strict=False, sampled=None)
 """
 
 
@@ -344,7 +346,7 @@ def test_a_dataset_of_bad_rows_only_is_refused(tmp_path: Path, words: PreTrained
 
 def test_a_missing_path_names_the_key(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=r"data\.path is not set"):
-        prepare(DATA, words, seed=0, cache=tmp_path, say=print, pairwise=False, sampled=None)
+        prepare(DATA, words, seed=0, cache=tmp_path, say=print, pairwise=False, strict=False, sampled=None)
 
 
 def test_rows_that_are_all_too_long_name_the_shortest_and_the_key(
@@ -393,6 +395,20 @@ def test_data_without_any_preference_is_refused_for_pairs(tmp_path: Path, words:
         made(tmp_path, words, [{"question": "a", "answer": "b"}], pairwise=True)
 
 
+def test_labels_of_the_best_response_drop_what_is_rated_alike_and_pair_nothing(
+    tmp_path: Path, words: PreTrainedTokenizerBase
+) -> None:
+    rows = [
+        {"prompt": f"the {name}", "completions": ["a", "b", "c"], "rewards": rewards}
+        for name, rewards in (("cat", [1, 1, 1]), ("dog", [2, 2, 1]), ("end", [1, 2, 3]))
+    ]
+    store, _ = made(tmp_path, words, rows, strict=True)
+    assert store.responses.tolist() == [3, 3] and store.report["without_preference"] == 1
+    few, _ = made(tmp_path, words, rows, strict=True, responses=2, keep="first")
+    assert few.responses.tolist() == [2] and few.report["without_preference"] == 2
+    assert len(made(tmp_path, words, rows)[0]) == 3
+
+
 def prompts(store: Store, tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return {str(tokenizer.decode(group.prompt)) for group in store}
 
@@ -425,7 +441,7 @@ def test_a_held_out_split_loses_the_prompts_that_are_trained_on(tmp_path: Path, 
     written(tmp_path, GOOD[:7]).rename(tmp_path / "train.jsonl")
     written(tmp_path, GOOD[5:]).rename(tmp_path / "test.jsonl")
     data = replace(DATA, path=str(tmp_path), held_out_split="test", held_out=2)
-    train, held_out = prepare(data, words, seed=0, cache=tmp_path / "cache", say=print, pairwise=False, sampled=None)
+    train, held_out = prepare(data, words, seed=0, cache=tmp_path / "cache", say=print, pairwise=False, strict=False, sampled=None)
     assert (len(train), len(held_out), train.report["held_out_but_trained_on"]) == (7, 2, 2)
     assert not prompts(train, words) & prompts(held_out, words)
 
