@@ -45,13 +45,22 @@ class Meter:
             pair = torch.stack([total.detach().double(), count.detach().double().to(total.device)])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
+    def together(self) -> Tensor:
+        """The sums and counts of all figures (figures, 2), in float64 on the device that some are on, else on the CPU.
+
+        What is computed from the model lies on the device; a penalty's strength, for one, is a number of the CPU.
+        """
+        pairs = list(self.sums.values())
+        where = next((pair.device for pair in pairs if pair.device.type != "cpu"), torch.device("cpu"))
+        return torch.stack([pair.to(where) for pair in pairs])
+
     def read(self) -> dict[str, float]:
         """The means over the step's micro-batches and ranks; every rank calls it.
 
         An infinite divergence is no figure; an infinite loss is, for the loop to stop at.
         """
         # One wait for the device and one exchange, however many figures; ranks may have different ones.
-        mine = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        mine = self.together().tolist() if self.sums else []
         means: dict[str, list[float]] = {}
         for names, pairs in distributed.gather((list(self.sums), mine)):
             for name, (total, count) in zip(names, pairs, strict=True):

@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from align_cli.columns import GLOSSARY, asked
+from align_cli.method import Meter
 from align_cli.metrics import (
     Metrics,
     contrast,
@@ -66,6 +67,23 @@ def test_sums_and_counts_of_parts_add_up_to_the_whole() -> None:
         assert_close(sum(part[name][0] for part in parts), total)
         assert_close(sum(part[name][1] for part in parts), count)
         assert count == 2
+
+
+@pytest.mark.parametrize("first", ["cpu", "meta"])
+def test_figures_of_the_device_and_of_the_cpu_are_read_together(first: str) -> None:
+    other = "meta" if first == "cpu" else "cpu"
+    meter = Meter()
+    for _ in range(2):  # micro-batches
+        meter.add({where: (torch.ones((), device=where), torch.tensor(2)) for where in (first, other)})
+    read = meter.together()
+    assert read.device.type == "meta" and read.shape == (2, 2)
+
+
+def test_figures_of_the_cpu_alone_are_their_means() -> None:
+    meter = Meter()
+    for total, count in ((1.5, 2), (3.0, 1)):
+        meter.add({"loss": (torch.tensor(total), torch.tensor(count))})
+    assert meter.read() == {"loss": 1.5}
 
 
 def test_a_pair_has_no_ranks() -> None:
