@@ -8,6 +8,7 @@ The resolved configuration in the run directory says everything; Hydra is not im
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from align_cli import cache, config, distributed, exits, paths, rundir, terminal
 from align_cli.checkpoints import committed
-from align_cli.errors import UserError
+from align_cli.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from align_cli.experiment import Experiment
@@ -98,8 +99,12 @@ def _work(run_dir: Path, *, scores: bool) -> int:
             score(prepared)
         else:
             run(prepared, run_dir)
-    finally:
+    except Stopped:  # all ranks come here together
         distributed.leave()
+        raise
+    # After an error nobody takes leave: its peers may wait in an exchange with this rank, and it with them for the end
+    # of it, while the launcher waits for a rank that has ended.
+    distributed.leave()
     return exits.DONE
 
 
@@ -117,7 +122,11 @@ def _wrong_ranks(plan: "Experiment", run_dir: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    try:
+        code = main(sys.argv[1:])
+    except Exception:  # memory that ran out, or what nobody expected: it ends as fast as what was expected
+        traceback.print_exc()
+        code = exits.FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     # Everything is written and closed. Threads of the communication library that are still about abort an ordinary exit
