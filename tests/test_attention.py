@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -331,6 +332,49 @@ def test_a_gpus_kernel_gets_only_what_it_accepts(
         for width in widths
     )
     assert attention.takes_varlen(query, value) == taken  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "taken, dtype, masked, device",
+    [
+        (True, torch.float32, True, "cpu"),
+        (True, torch.bfloat16, False, "cuda"),
+        (False, torch.bfloat16, True, "cuda"),
+        (False, torch.float32, False, "cuda"),
+    ],
+)
+def test_a_gpus_kernel_gets_groups_only_without_a_mask(
+    taken: bool, dtype: torch.dtype, masked: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_flash_capable", lambda: True)
+    given: Any = SimpleNamespace(dtype=dtype, shape=torch.Size((1, 2, 9, 64)), device=torch.device(device))
+    assert attention.takes_groups(given, given, torch.ones(1, 1, 9, 9) if masked else None) == taken
+
+
+@pytest.mark.parametrize("heads_of_mask", [0, 1, 6])
+@pytest.mark.parametrize("length", [1, 5])
+def test_grouped_heads_are_the_same_where_no_kernel_takes_them(
+    length: int, heads_of_mask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 6, length, 8), (3, 2, 5, 8), (3, 2, 5, 4)]  # six heads, two keys, narrower values
+    query, key, value = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    mask = None
+    if heads_of_mask:
+        mask = torch.rand(3, heads_of_mask, length, 5, generator=generator) < 0.6
+        mask[..., 0] = True  # a query sees something
+    causal = mask is None and length > 1
+    given = (query, key, value, mask)
+    taken = attention.fused_attention(*given, causal=causal, scale=0.3)
+
+    def ungrouped(*args: Any, enable_gqa: bool = False, **more: Any) -> Tensor:
+        assert not enable_gqa
+        return scaled_dot_product_attention(*args, **more)
+
+    monkeypatch.setattr(attention, "takes_groups", lambda *_: False)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", ungrouped)
+    assert_close(attention.fused_attention(*given, causal=causal, scale=0.3), taken)
+    assert taken.shape == (3, 6, length, 4)
 
 
 # --- the kernel of a CPU

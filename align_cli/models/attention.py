@@ -74,10 +74,7 @@ def shared_attention(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         if softcap is None and s_aux is None:
-            grouped = q.shape[1] != k.shape[1]
-            return scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-            )
+            return fused_attention(q, k, v, mask, causal=causal, scale=scale)
         if causal:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         return explicit_attention(q, k, v, mask, scale=scale, softcap=softcap, sinks=s_aux)
@@ -153,6 +150,42 @@ class RepeatPrompts(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         wide = slope.new_zeros(ctx.length, *slope.shape[1:], dtype=torch.promote_types(slope.dtype, torch.float32))
         return wide.index_add_(0, index, slope.to(wide.dtype)).to(slope.dtype), None
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scale: float
+) -> Tensor:
+    """PyTorch's attention, kept off the kernel that writes all scores out, in fp32, wherever there is another.
+
+    Args:
+        query: (n, heads, Q, D).
+        key: (n, heads or fewer, S, D).
+        value: (n, as many, S, E).
+        mask: (n, 1 or heads, Q, S).
+
+    Returns:
+        (n, heads, Q, E).
+    """
+    (n, heads, length, width), groups = query.shape, key.shape[1]
+    grouped = heads != groups
+    if grouped and not takes_groups(query, value, mask):
+        if length == 1 and (mask is None or mask.shape[1] == 1):  # the heads of one key become its queries
+            packed = query.reshape(n, groups, heads // groups, width)
+            found = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
+            return found.reshape(n, heads, 1, -1)
+        key, value = (each.repeat_interleave(heads // groups, dim=1) for each in (key, value))
+        grouped = False
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def takes_groups(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fused kernel of this device takes fewer heads of keys than of queries.
+
+    A GPU has one that does, which takes no mask.
+    """
+    return query.device.type == "cpu" or (mask is None and takes_varlen(query, value))
 
 
 def explicit_attention(
