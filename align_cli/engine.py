@@ -261,6 +261,10 @@ def deepspeed_config(
     }
     if low:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if low and options.stage == 1:
+        # Else every bf16 gradient lives on beside its fp32 sum, and sums are rounded to bf16 to be added up over ranks.
+        config["bf16"]["immediate_grad_update"] = True
+        config["communication_data_type"] = "fp32"
     # DeepSpeed 0.19 refuses a second model under hpZ (its issues 4901 and 7066).
     node = distributed.ranks_per_node() if options.stage == 3 and alone else None
     if node is not None and 1 < node < distributed.world():

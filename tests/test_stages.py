@@ -1,5 +1,6 @@
 """engine=auto: the lowest ZeRO stage that fits, and why; hpZ across nodes; what the head needs on the way."""
 
+import math
 import os
 import socket
 import subprocess
@@ -150,6 +151,36 @@ def test_what_no_stage_can_hold_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
     assert align("plan", *given) == 1
     assert "no stage needs less" in capsys.readouterr().out
+
+
+# --- bfloat16
+
+GRADIENTS = """
+import torch
+from align_cli import config, distributed, engine
+from align_cli.engine import EngineOptions, Optimizer
+from align_cli.models.causal import Manner
+
+device = torch.device("cpu")
+distributed.join(device)
+engine.settle_deepspeed(device)
+options = EngineOptions(**config.compose("train", ["engine=zero1", "engine.precision=bf16"])["engine"])
+optimizer = Optimizer(**config.compose("train", [])["optimizer"])
+made = engine.deepspeed_config(options, optimizer, device, alone=True)
+network = torch.nn.Linear(3, 2, bias=False).bfloat16()
+stage1 = engine.DeepSpeedEngine(network, device, manner=Manner(flat=False), config=made, optimizer=optimizer)
+for scale in (1.0, 2.0**-10):
+    stage1.backward(scale * stage1.engine(torch.ones(1, 3, dtype=torch.bfloat16)).sum().float())
+print(network.weight.grad, float(stage1.step(0.0)))
+"""
+
+
+def test_gradients_of_stage_1_are_summed_in_float32_and_held_once() -> None:
+    said = subprocess.run([sys.executable, "-c", GRADIENTS], capture_output=True, text=True, check=True).stdout
+    kept, norm = said.splitlines()[-1].split()
+    assert kept == "None"  # of the bfloat16 gradients
+    # six weights whose gradients are 1 + 2^-10, which bfloat16, with its 8 bits, takes for 1
+    assert float(norm) == pytest.approx(math.sqrt(6) * (1 + 2**-10), rel=1e-6)
 
 
 # --- hpZ
