@@ -198,7 +198,7 @@ class Experiment:
 
     @property
     def labelled(self) -> bool:
-        """Whether rewards are labels of the best response, so that a prompt whose best are all of them teaches nothing."""
+        """Whether rewards are labels of the best response, of which a prompt that is rated alike has none."""
         return self.tree["reward"]["name"] in rewards.LABELS
 
     @property

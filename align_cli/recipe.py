@@ -8,6 +8,7 @@ import fnmatch
 import importlib
 import json
 import re
+import shlex
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,7 +209,11 @@ class Study:
 
 @dataclass(frozen=True)
 class Scale:
-    """A recipe at one scale: runs or a study, seeds, and what is evaluated after training."""
+    """A recipe at one scale: runs or a study, seeds, and what is evaluated after training.
+
+    Attributes:
+        evaluate: a line for each evaluation, its choice and options: `mt_bench judge=openai`.
+    """
 
     name: str
     cost: str
@@ -470,11 +475,23 @@ def _circles(runs: Sequence[Run], where: str) -> list[str]:
 
 def _unknown_choices(chosen: Sequence[str], where: str) -> list[str]:
     there = config.group_names().get("eval", [])
+    names = [evaluation(line)[0].removeprefix("eval=") for line in chosen]
     return [
         f"{where}.evaluate: {name}: no such evaluation.{config.did_you_mean(name, there)} There are {', '.join(there)}."
-        for name in chosen
+        for name in names
         if name not in there
-    ]
+    ] + [f"{where}.evaluate: {name}: once would be right." for name in set(names) if names.count(name) > 1]
+
+
+def evaluation(line: str) -> list[str]:
+    """The words of `align evaluate` behind the run, of a line such as `mt_bench judge=openai`."""
+    choice, _, options = line.strip().partition(" ")
+    return [f"eval={choice}", *shlex.split(options)]
+
+
+def evaluations(scale: Scale) -> list[str]:
+    """The choices of `align evaluate` that are made of each run."""
+    return [evaluation(line)[0].removeprefix("eval=") for line in scale.evaluate]
 
 
 # --- expectations and drawings
@@ -634,7 +651,7 @@ def _among(figure: str, patterns: Sequence[str]) -> bool:
 
 
 def _of_evaluations(scale: Scale) -> list[str]:
-    return [f"eval/{choice}/*" for choice in scale.evaluate]
+    return [f"eval/{choice}/*" for choice in evaluations(scale)]
 
 
 def keys(expectation: Expectation) -> list[str]:

@@ -139,9 +139,8 @@ def _run_job(reproduction: Reproduction, run: Run, seed: int, trees: dict[str, c
     given = arguments(reproduction, run, seed)
     flags = [*config.plugins(), *(part for each in reproduction.config_dirs for part in ("--config-dir", each))]
     commands = [("train", *flags, *given)]
-    choices = reproduction.scale.evaluate
-    if choices:
-        commands.append(("evaluate", str(run_dir), *flags, f"eval={','.join(choices)}"))
+    commands += [("evaluate", str(run_dir), *flags, *recipe.evaluation(line)) for line in reproduction.scale.evaluate]
+    choices = recipe.evaluations(reproduction.scale)
     launch.claimable(run_dir)
     if (run_dir / rundir.CONFIG).is_file():
         if run.needs or run.name not in trees:
@@ -360,7 +359,8 @@ def judge(
     if isinstance(wanted, str):
         wanted = Range(0.0, float("inf"), True) if wanted == "rising" else Range(float("-inf"), 0.0, True)
     judged = claims.judge(list(values.values()), wanted, exact=expectation.kind == "exact")
-    if len(values) < len(seeds):
+    refuted = expectation.kind == "exact" and judged.verdict == "does not hold"  # one value is enough
+    if len(values) < len(seeds) and not refuted:
         told = f"{len(seeds) - len(values)} of {len(seeds)} seeds have no such figure"
         judged = Judged(judged.estimate, judged.low, judged.high, "undecided", told)
     return Outcome(expectation, values, judged)

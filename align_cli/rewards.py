@@ -12,7 +12,6 @@ from torch import Tensor
 
 from align_cli.ranges import OpenFraction, Positive
 
-
 LABELS = ("hard", "smoothed")  # rewards that say which response is best, and not how good each is
 
 

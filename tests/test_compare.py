@@ -376,6 +376,15 @@ def test_the_table_of_items_says_what_its_intervals_are(tmp_path: Path, capsys: 
     assert "nothing of other seeds" in said
 
 
+def test_few_items_are_not_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of four differences of 1 the bootstrap says [1, 1], and every way to swap them says p = 2/16."""
+    for name in ("dpo", "nca"):
+        seeds(tmp_path, name, {0: 0.5}, f"algo={name}")
+        evaluated(tmp_path / f"{name}-0", {str(n): float(name == "nca") for n in range(4)})
+    assert align("compare", str(tmp_path)) == exits.DONE
+    assert "+1 [+1, +1] 0.12" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_damaged_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("dpo", "nca"):
         seeds(tmp_path, name, {0: 0.5}, f"algo={name}")

@@ -157,7 +157,14 @@ def test_all_rows_of_a_file_are_accounted_for(
     section = Model(name="hf", path=str(model), revision=None, rows="auto", head="auto", architecture=None)
     options = config.build(Data, tree["data"])
     train, held_out = prepare(
-        options, load_tokenizer(section), seed=0, cache=tmp_path, say=lambda text: None, pairwise=False, strict=False, sampled=None
+        options,
+        load_tokenizer(section),
+        seed=0,
+        cache=tmp_path,
+        say=lambda text: None,
+        pairwise=False,
+        strict=False,
+        sampled=None,
     )
     with open(FOLDER / file, encoding="utf-8") as stream:
         rows = sum(1 for _ in stream)

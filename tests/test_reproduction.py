@@ -357,6 +357,12 @@ def test_a_figure_that_a_seed_lacks_leaves_the_claim_undecided() -> None:
     assert outcome.judged.estimate == -1
 
 
+def test_one_value_against_mathematics_decides_whatever_the_others_lack() -> None:
+    exact = expectation(kind="exact", wanted=Range(0.0, 1.0, False))
+    assert judge(exact, {"study": {0: {"f": 5.0}, 1: {}}}, {}).judged.verdict == "does not hold"
+    assert judge(exact, {"study": {0: {"f": 0.5}, 1: {}}}, {}).judged.verdict == "undecided"
+
+
 def test_a_study_s_figures_have_the_run_in_their_name() -> None:
     found = {"study": {n: {"js/f": 1.0, "kl/f": 2.0, "f": -3.0} for n in range(5)}}
     assert judge(expectation(of="js", less="kl"), found, {}).judged.estimate == -1

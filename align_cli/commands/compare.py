@@ -32,6 +32,7 @@ from align_cli.config import did_you_mean
 from align_cli.errors import UserError
 
 OPTIONS = ("metric=", "against=", "--json")
+LEVEL = 0.05  # the largest p of what a table over items marks
 
 
 def main(argv: list[str]) -> int:
@@ -160,7 +161,7 @@ def show_items(name: str, table: Sequence[items.Row]) -> None:
             lines.append([*line, "to this one" if row is table[0] else "no item is shared", ""])
             continue
         told = row.difference
-        mark = " *" if told.leaves_out_0 else ""
+        mark = " *" if told.leaves_out_0 and told.p <= LEVEL else ""  # an interval of few items is too narrow
         lines.append([*line, f"{_between(told.estimate, told.low, told.high, '+')}{mark}", f"{told.p:.2g}"])
     print_table(["group", "items", "mean", "difference", "p"], lines)
     terminal.result("")
@@ -203,8 +204,9 @@ def meaning_of_items(by_item: Mapping[str, Sequence[items.Row]]) -> list[str]:
     if not by_item:
         return []
     return [
-        "[ ] is a 95 % bootstrap interval over items, of differences over pairs; * leaves out 0; p is of swapping the "
-        "two sides of items. It tells of these models on other such items, and nothing of other seeds."
+        "[ ] is a 95 % bootstrap interval over items, of differences over pairs; p is of swapping the two sides "
+        "of items; * leaves out 0 with p up to 0.05, not corrected for the number of comparisons. It tells of these "
+        "models on other such items, and nothing of other seeds."
     ]
 
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from align_cli import exits, experiment, recipe, reproduction, reproduction_page, rundir, shrink, terminal
-from align_cli.commands import plan
+from align_cli.commands import evaluate, plan
 from align_cli.commands.listing import print_table
 from align_cli.commands.reproduce import Asked
+from align_cli.errors import UserError
 from align_cli.recipe import RESULTS
 from align_cli.reproduction import Job, Outcome, Reproduction
 
@@ -63,6 +64,7 @@ def described(asked: Asked, name: str, home: Path) -> Reproduction:
     """
     loaded = recipe.load(name)
     scale = loaded.scales[asked.scale]
+    refuse_evaluations(loaded, scale)
     seeds = tuple(range(asked.seeds or scale.seeds))
     folder = asked.folder or home / f"{loaded.name}-{scale.name}{'-shrunken' if asked.shrink else ''}"
     made: dict[str, experiment.Experiment] = {}
@@ -80,6 +82,22 @@ def described(asked: Asked, name: str, home: Path) -> Reproduction:
         config_dirs=asked.config_dirs,
         shrunken=asked.shrink is not None,
     )
+
+
+def refuse_evaluations(loaded: recipe.Recipe, scale: recipe.Scale) -> None:
+    """Plan what is evaluated after training, before anything is trained.
+
+    Raises:
+        UserError: an evaluation lacks what it asks for, or has an option that it does not know.
+    """
+    problems: list[str] = []
+    for line in scale.evaluate:
+        try:
+            evaluate.plan(recipe.evaluation(line))
+        except UserError as error:
+            problems += [f"{loaded.path}: scales.{scale.name}.evaluate: {told}" for told in str(error).splitlines()]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _shrunken(loaded: recipe.Recipe, asked: Asked, folder: Path) -> recipe.Recipe:

@@ -138,7 +138,7 @@ class Build:
             )
         pairs = data.pairs if self.pairwise else None
         kept = choose(record, responses=data.responses, keep=data.keep, pairs=pairs, seed=self.seed)
-        if kept is None or (self.strict and len(set(kept.ratings)) < 2):
+        if kept is None or (self.strict and min(len(set(kept.ratings)), len(set(kept.responses))) < 2):
             self.counts["without_preference"] += 1
             return None
         return kept
@@ -230,6 +230,8 @@ def converter(data: Data) -> Callable[[Row, str], Record]:
 
 
 def digest_of(record: Record) -> bytes:
-    """A digest of a record's prompt."""
-    prompt = record.prompt if isinstance(record.prompt, str) else list(record.prompt)
-    return hashlib.sha256(json.dumps(prompt).encode()).digest()[:KEY]
+    """A digest of a record's prompt, of a dialogue of its first question: what it led to is held out with it."""
+    asked = record.prompt
+    if not isinstance(asked, str):
+        asked = next((turn["content"] for turn in asked if turn["role"] == "user"), list(asked))
+    return hashlib.sha256(json.dumps(asked).encode()).digest()[:KEY]

@@ -88,7 +88,14 @@ def _prompts(subject: Subject, training: Training) -> tuple[Store, Data]:
         raise UserError("\n".join(problems))
     data = config.build(Data, section)
     _, found = prepare_data(
-        data, subject.tokenizer, seed=0, cache=paths.cache() / "data", say=terminal.say, pairwise=False, strict=False, sampled=1
+        data,
+        subject.tokenizer,
+        seed=0,
+        cache=paths.cache() / "data",
+        say=terminal.say,
+        pairwise=False,
+        strict=False,
+        sampled=1,
     )
     return found, data
 

@@ -15,7 +15,14 @@ def digest(settings: list[str], *, cache: Path, steps: int) -> str:
     read = experiment.read(config.compose("train", settings))
     tokenizer = load_tokenizer(read.model)
     store, _ = prepare(
-        read.data, tokenizer, seed=read.run.seed, cache=cache, say=lambda _: None, pairwise=read.pairwise, strict=read.labelled, sampled=None
+        read.data,
+        tokenizer,
+        seed=read.run.seed,
+        cache=cache,
+        say=lambda _: None,
+        pairwise=read.pairwise,
+        strict=read.labelled,
+        sampled=None,
     )
     train = read.train
     met: list[Any] = []

@@ -279,8 +279,23 @@ def test_no_row_is_lost_silently(tmp_path: Path, words: PreTrainedTokenizerBase)
     )
     report = store.report
     counts = {name: report[name] for name in ("rows", "malformed", "without_preference", "too_long", "duplicates")}
-    assert counts == {"rows": 14, "malformed": 1, "without_preference": 1, "too_long": 1, "duplicates": 1}
-    assert (len(store), len(held_out)) == (report["train"], report["held_out"]) == (9, 2)
+    assert counts == {"rows": 14, "malformed": 1, "without_preference": 2, "too_long": 1, "duplicates": 1}
+    assert (len(store), len(held_out)) == (report["train"], report["held_out"]) == (8, 2)
+
+
+def test_what_a_question_led_to_is_held_out_with_it(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
+    """As in a tree of attempts, whose later rows have the earlier ones in their prompts."""
+
+    def row(question: str, *turns: str) -> dict[str, object]:
+        asked = [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant") * 2, (question, *turns), strict=False)
+        ]
+        return {"prompt": asked, "completions": ["a", "b"], "rewards": [1, 0]}
+
+    rows = [each for n in range(12) for each in (row(f"{n}?"), row(f"{n}?", "no", "again"))]
+    train, held_out = made(tmp_path, words, rows, held_out=5, template="text")
+    assert (len(train), len(held_out)) == (14, 10)
 
 
 def test_where_responses_are_sampled_those_of_the_rows_drop_no_prompt(
@@ -441,7 +456,9 @@ def test_a_held_out_split_loses_the_prompts_that_are_trained_on(tmp_path: Path, 
     written(tmp_path, GOOD[:7]).rename(tmp_path / "train.jsonl")
     written(tmp_path, GOOD[5:]).rename(tmp_path / "test.jsonl")
     data = replace(DATA, path=str(tmp_path), held_out_split="test", held_out=2)
-    train, held_out = prepare(data, words, seed=0, cache=tmp_path / "cache", say=print, pairwise=False, strict=False, sampled=None)
+    train, held_out = prepare(
+        data, words, seed=0, cache=tmp_path / "cache", say=print, pairwise=False, strict=False, sampled=None
+    )
     assert (len(train), len(held_out), train.report["held_out_but_trained_on"]) == (7, 2, 2)
     assert not prompts(train, words) & prompts(held_out, words)
 
