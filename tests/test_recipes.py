@@ -80,7 +80,7 @@ def test_every_recipe_composes_and_plans_at_both_scales(name: str, scale: str) -
     loaded = recipe.load(name)
     found = recipe.composed(loaded, scale)
     assert found.keys() == {run.name for run in loaded.scales[scale].runs}
-    reproducing.refuse_evaluations(loaded, loaded.scales[scale])
+    reproducing.refuse_evaluations(loaded, loaded.scales[scale], ())
     for checked in found.values():
         assert "optimizer steps" in " ".join(plan.schedule(checked)) or "epoch" in " ".join(plan.schedule(checked))
         assert re.match(r"\d+ rank", reproducing.memory_line(checked))

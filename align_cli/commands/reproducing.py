@@ -6,6 +6,7 @@ from pathlib import Path
 
 from align_cli import exits, experiment, recipe, reproduction, reproduction_page, rundir, shrink, terminal
 from align_cli.commands import evaluate, plan
+from align_cli.commands.arguments import FOLDERS
 from align_cli.commands.listing import print_table
 from align_cli.commands.reproduce import Asked
 from align_cli.errors import UserError
@@ -64,7 +65,7 @@ def described(asked: Asked, name: str, home: Path) -> Reproduction:
     """
     loaded = recipe.load(name)
     scale = loaded.scales[asked.scale]
-    refuse_evaluations(loaded, scale)
+    refuse_evaluations(loaded, scale, asked.config_dirs)
     seeds = tuple(range(asked.seeds or scale.seeds))
     folder = asked.folder or home / f"{loaded.name}-{scale.name}{'-shrunken' if asked.shrink else ''}"
     made: dict[str, experiment.Experiment] = {}
@@ -84,16 +85,17 @@ def described(asked: Asked, name: str, home: Path) -> Reproduction:
     )
 
 
-def refuse_evaluations(loaded: recipe.Recipe, scale: recipe.Scale) -> None:
+def refuse_evaluations(loaded: recipe.Recipe, scale: recipe.Scale, config_dirs: Sequence[str]) -> None:
     """Plan what is evaluated after training, before anything is trained.
 
     Raises:
         UserError: an evaluation lacks what it asks for, or has an option that it does not know.
     """
+    flags = [part for folder in config_dirs for part in (FOLDERS, folder)]
     problems: list[str] = []
     for line in scale.evaluate:
         try:
-            evaluate.plan(recipe.evaluation(line))
+            evaluate.plan(*evaluate.read([*flags, *recipe.evaluation(line)]))
         except UserError as error:
             problems += [f"{loaded.path}: scales.{scale.name}.evaluate: {told}" for told in str(error).splitlines()]
     if problems:
