@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from align_cli import exits, experiment, recipe, reproduction, reproduction_page, rundir, shrink, terminal
+from align_cli import config, exits, experiment, recipe, reproduction, reproduction_page, rundir, shrink, terminal
 from align_cli.commands import evaluate, plan
 from align_cli.commands.arguments import FOLDERS
 from align_cli.commands.listing import print_table
@@ -91,7 +91,7 @@ def refuse_evaluations(loaded: recipe.Recipe, scale: recipe.Scale, config_dirs: 
     Raises:
         UserError: an evaluation lacks what it asks for, or has an option that it does not know.
     """
-    flags = [part for folder in config_dirs for part in (FOLDERS, folder)]
+    flags = [*config.plugins(), *(part for folder in config_dirs for part in (FOLDERS, folder))]
     problems: list[str] = []
     for line in scale.evaluate:
         try:
