@@ -7,7 +7,6 @@ decides them, so that a resumed run, and another run from the same start, find t
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from align_cli import distributed, terminal
+from align_cli import cache, distributed, terminal
 from align_cli.data.store import Group
 from align_cli.raters import Unrated
 from align_cli.references import Say
@@ -94,17 +93,18 @@ def _read(path: Path) -> dict[str, Ratings]:
         return {}
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as there:
-            return dict(zip(there["names"].tolist(), there["ratings"], strict=True))
+            found = dict(zip(there["names"].tolist(), there["ratings"], strict=True))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: what it held is drawn again
         return {}
+    cache.touch(path)
+    return found
 
 
 def _write(path: Path, found: Mapping[str, Ratings]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    buffer = io.BytesIO()
+    np.savez(buffer, names=np.array(list(found)), ratings=np.stack(list(found.values())))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, names=np.array(list(found)), ratings=np.stack(list(found.values())))
-        partial.replace(path)
+        cache.write(path, buffer.getvalue())
     except OSError as error:  # the run has them in memory
         terminal.warn(f"baseline ratings cannot be kept in {path}: {error.strerror}; another run draws them again")

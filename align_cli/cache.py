@@ -208,10 +208,10 @@ def _opened(lock: Path) -> int | None:
     return None
 
 
-def touch(folder: Path) -> None:
-    """Note that a folder is used now."""
+def touch(path: Path) -> None:
+    """Note that a folder or file is used now."""
     with contextlib.suppress(OSError):  # a cache that cannot be written; then nothing is removed from it either
-        os.utime(folder)
+        os.utime(path)
 
 
 # --- the figures of a folder

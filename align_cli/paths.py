@@ -25,9 +25,12 @@ def recipes() -> Path:
 
 
 def cache() -> Path:
-    """The folder for what can be made again: the embedded world, tokenised data, reference log-probabilities.
+    """The folder for what can be made again, though a judge's answers only at their price.
 
-    `ALIGN_CACHE` names it; without it, it is the platform's cache folder.
+    It has a folder of each kind: `world`, `data` (tokenised), `references` (log-probabilities), `responses` (that
+    evaluations generated), `baselines` (ratings of the starting model's responses), `judgments` (of judges), `weights`
+    (digests of large files) and `precision` (what this machine multiplies fastest). `ALIGN_CACHE` names it; without
+    it, it is the platform's cache folder.
     """
     named = os.environ.get("ALIGN_CACHE")
     return Path(named).expanduser().absolute() if named else platformdirs.user_cache_path("align")

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from small_runs import align, overrides, summary
 from torch.testing import assert_close
 
-from align_cli import cache, distributed, exits, references, sweep
+from align_cli import baselines, cache, distributed, exits, references, sweep
 from align_cli.cache import FOUND, MISSING, Folder, Shard, names_of
 from align_cli.data.batches import MicroBatch, flatten
 from align_cli.data.store import Group
@@ -792,6 +792,31 @@ def test_cache_gc_touches_nothing_that_a_live_run_uses(
         del run
     assert align("cache", "gc", "--older-than", "1") == exits.DONE
     assert not scored.exists() and not data.exists()
+
+
+def test_baselines_and_judgments_are_listed_and_the_latter_are_never_removed(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baselines._write(home / "baselines" / "of.npz", {name: np.zeros(2, np.float32) for name in ("a", "b", "c")})
+    left = home / "baselines" / ".of.npz.77.tmp"
+    broken, judged = home / "baselines" / "broken.npz", home / "judgments" / "asked.jsonl"
+    judged.parent.mkdir()
+    for path, content in ((left, b"left"), (broken, b"PK"), (judged, b'{"name": 1}\n{"name": 2}\n')):
+        path.write_bytes(content)
+    assert align("cache", "ls") == exits.DONE
+    told = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
+    assert "baselines" in told["of.npz"] and "3 prompts" in told["of.npz"]
+    assert "unknown" in told["broken.npz"]
+    assert "judgments" in told["asked.jsonl"] and "2 answers" in told["asked.jsonl"]
+    assert align("cache", "gc") == exits.DONE
+    assert not left.exists() and broken.exists()
+    for path in (home / "baselines").iterdir():
+        os.utime(path, (0, 0))
+    os.utime(judged, (0, 0))
+    assert set(baselines._read(home / "baselines" / "of.npz")) == {"a", "b", "c"}  # and so it is used today
+    assert align("cache", "gc", "--older-than", "1") == exits.DONE
+    assert [path.name for path in (home / "baselines").iterdir()] == ["of.npz"]
+    assert judged.exists()
 
 
 def test_a_run_that_waits_for_a_folder_s_removal_makes_it_anew(tmp_path: Path) -> None:

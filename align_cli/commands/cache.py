@@ -2,13 +2,17 @@
 
 import argparse
 import datetime
+import io
 import json
 import random
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from align_cli import cache, exits, paths, terminal
 from align_cli.cache import RECORD, Damaged, Sample
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from align_cli.references import Frozen
 
 DAY = 86400.0  # seconds
+SMALL = {"weights": "digests of large files", "precision": "models tried"}
 HEADINGS = ["what", "name", "from", "numerics", "holds", "size", "last used"]
 
 
@@ -50,12 +55,23 @@ def _folders(parent: Path) -> list[Path]:
     return sorted(path for path in parent.glob("*") if path.is_dir())
 
 
+def _files(kind: str, pattern: str) -> list[Path]:
+    return sorted((paths.cache() / kind).glob(pattern))
+
+
 def ls(given: argparse.Namespace) -> int:
-    """List reference figures, prepared data, embedded worlds and generated responses, with size and last use."""
+    """List what is kept, each with its size and when it was last used.
+
+    Reference figures, prepared data, embedded worlds, generated responses, ratings of baseline responses, a judge's
+    answers, and the small notes on weights and on what this machine multiplies fastest.
+    """
     rows = [_reference_row(folder) for folder in references()]
     rows += [_data_row(folder) for folder in _folders(paths.cache() / "data")]
     rows += [["world", folder.name, "", "", "", *_size_and_use(folder)] for folder in _folders(paths.cache() / "world")]
     rows += [_responses_row(folder) for folder in _folders(paths.cache() / "responses")]
+    rows += [_baselines_row(file) for file in _files("baselines", "*.npz")]
+    rows += [_judgments_row(file) for file in _files("judgments", "*.jsonl")]
+    rows += [_small_row(kind, what) for kind, what in SMALL.items() if _files(kind, "*.json")]
     if not rows:
         terminal.say(f"{paths.cache()} is empty; runs and align score fill it")
         return exits.DONE
@@ -81,6 +97,26 @@ def _reference_row(folder: Path) -> list[str]:
 def _responses_row(folder: Path) -> list[str]:
     count = sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
     return ["responses", folder.name[:12], "", "", f"{count:,} responses", *_size_and_use(folder)]
+
+
+def _baselines_row(file: Path) -> list[str]:
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as there:
+            holds = f"{len(there['names']):,} prompts"
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: a run draws them again
+        holds = "unknown"
+    return ["baselines", file.name[:12], "", "", holds, *_size_and_use(file)]
+
+
+def _judgments_row(file: Path) -> list[str]:
+    answers = file.read_bytes().count(b"\n")
+    return ["judgments", file.name[:12], "", "", f"{answers:,} answers", *_size_and_use(file)]
+
+
+def _small_row(kind: str, what: str) -> list[str]:
+    files = _files(kind, "*.json")
+    last = max(files, key=used)
+    return [kind, "", "", "", f"{len(files):,} {what}", shown(sum(map(size, files))), _size_and_use(last)[1]]
 
 
 def _data_row(folder: Path) -> list[str]:
@@ -242,8 +278,9 @@ def _measured(reference: "Frozen", one: Sample, device: str) -> float:
 def gc(given: argparse.Namespace) -> int:
     """Remove what killed processes left and damaged shards, merge shards, and remove what was not used for long.
 
-    A run that is alive holds a lock on its references and one on the whole cache. References are changed only where
-    their lock is free; data, worlds, responses and digests only where the lock of the whole cache is.
+    A judge's answers are paid for, and stay. A run that is alive holds a lock on its references and one on the whole
+    cache. References are changed only where their lock is free; everything else only where the lock of the whole cache
+    is.
     """
     before = None if given.older_than is None else time.time() - given.older_than * DAY
     dry = given.dry_run
@@ -281,14 +318,15 @@ def _collected(folder: Path, before: float | None, *, dry: bool) -> int:
 
 
 def _unused(before: float | None) -> Iterator[Path]:
-    """What killed processes left of data and worlds, and what was not used since `before`."""
+    """What killed processes left, and what was not used since `before`; references apart."""
     home = paths.cache()
-    half = [*(home / "data").glob("*.tmp"), *(home / "world").glob("*.partial"), *(home / "weights").glob(".*.tmp")]
+    half = [*(home / "data").glob("*.tmp"), *(home / "world").glob("*.partial")]
+    half += [path for kind in ("weights", "baselines") for path in (home / kind).glob(".*.tmp")]
     yield from half
     if before is None:
         return
     folders = [folder for kind in ("data", "world", "responses") for folder in _folders(home / kind)]
-    kept = [*folders, *(home / "weights").glob("*.json")]
+    kept = [*folders, *_files("weights", "*.json"), *_files("baselines", "*.npz")]
     yield from (path for path in kept if path not in half and path.stat().st_mtime < before)
 
 
