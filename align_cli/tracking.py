@@ -45,9 +45,6 @@ class Silent:
     def progress(self, step: int, tokens_per_second: float, loss: float | None = None) -> None:
         """Show how far the run is."""
 
-    def note(self, text: str) -> None:
-        """Say a line without disturbing the progress."""
-
     def close(self, summary: Mapping[str, Scalar]) -> None:
         """The run is finished, with these figures."""
 
@@ -91,9 +88,6 @@ class Tracker(Silent):
 
     def progress(self, step: int, tokens_per_second: float, loss: float | None = None) -> None:
         self._show.update(step, tokens_per_second, loss)
-
-    def note(self, text: str) -> None:
-        self._show.note(text)
 
     def close(self, summary: Mapping[str, Scalar]) -> None:
         self._finished = True
@@ -285,15 +279,12 @@ class _Lines:
             parts += [f"{_clock((now - first_time) / (step - first_step) * (self._steps - step))} left"]
         terminal.say("  ".join(parts))
 
-    def note(self, text: str) -> None:
-        terminal.say(text)
-
     def stop(self) -> None:
         pass
 
 
 class _Bar:
-    """A bar that redraws itself on a terminal."""
+    """A bar that redraws itself on a terminal, below what is said meanwhile: rich takes that from standard error."""
 
     def __init__(self, steps: int, done: int) -> None:
         from rich.console import Console
@@ -319,9 +310,6 @@ class _Bar:
             loss="" if loss is None else f"loss {loss:.4f}",
             speed=f"{tokens_per_second:,.0f} tokens/s",
         )
-
-    def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:
         self._bar.stop()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import wandb_files
 
-from align_cli import tracking
+from align_cli import terminal, tracking
 from align_cli.tracking import Silent, Track, Tracker
 
 ALONE = Track(name="none", project=None, group=None, run_name=None, every=1, lines=1e9)
@@ -86,14 +86,12 @@ def test_progress_is_a_plain_line_where_there_is_no_terminal(
     with Tracker(tmp_path, CONFIG, ALONE, steps=3, resumed=None) as tracker:
         for step in (1, 2, 3):
             tracker.progress(step, 1234.5, 0.5)
-        tracker.note("saved")
     out, err = capsys.readouterr()
     assert out == ""
     # the first and the last step; between them a line every `lines` seconds
     assert err.splitlines() == [
         "step 1/3  loss 0.5000  1,234 tokens/s",
         "step 3/3  loss 0.5000  1,234 tokens/s  0:00 left",
-        "saved",
     ]
 
 
@@ -109,16 +107,19 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("COLUMNS", "120")
     with Tracker(tmp_path, CONFIG, ALONE, steps=3, resumed=1) as tracker:
         tracker.progress(2, 1234.5, 0.5)
-        tracker.note("saved [step 2]")
+        before = len(screen.getvalue())
+        terminal.warn("low on disk [step 2]")
+        warned = screen.getvalue()[before:]
     shown = screen.getvalue()
-    assert "2/3" in shown and "1,234 tokens/s" in shown and "loss 0.5000" in shown and "saved [step 2]" in shown
+    assert "2/3" in shown and "1,234 tokens/s" in shown and "loss 0.5000" in shown
+    # the bar is cleared, the line stands alone, and the bar is drawn again below it
+    assert warned.startswith("\r\x1b[2K") and " low on disk [step 2]\nstep " in warned
 
 
 def test_a_rank_that_does_not_track_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Silent() as tracker:
         tracker.log(1, {"loss": 1.0})
         tracker.progress(1, 1.0)
-        tracker.note("text")
         tracker.close({})
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
