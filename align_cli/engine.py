@@ -56,7 +56,7 @@ class EngineOptions:
         return self.selective_recompute and not self.gradient_checkpointing and self.stage != 3
 
     def dtype(self, device: torch.device) -> torch.dtype:
-        """The type of weights and activations: auto is bf16 on a GPU and fp32 on a CPU."""
+        """The type of weights and activations; auto is bf16 on a GPU, fp32 on a CPU until a run has tried there."""
         if self.precision == "auto":
             return torch.bfloat16 if device.type == "cuda" else torch.float32
         return torch.bfloat16 if self.precision == "bf16" else torch.float32

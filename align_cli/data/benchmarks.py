@@ -269,8 +269,8 @@ def humaneval(row: Row, place: str) -> Task:
     """task_id, prompt, entry_point, test: a function `check`. arXiv 2107.03374."""
     begun = text(field(row, "prompt"), "prompt")
     entry = text(field(row, "entry_point"), "entry_point")
-    # the beginning's imports and helpers are at hand, too, where a chat's program leaves them out
     tests = f"{text(field(row, 'test'), 'test')}\ncheck({entry})"
+    # the beginning's imports and helpers are at hand, too, where a chat's program leaves them out
     return Task(_named(row, place), begun, f"```python\n{begun}```", entry, _head(begun, entry), tests)
 
 
