@@ -14,7 +14,7 @@ from align_cli.config import Tree
 
 Loss = Callable[..., Tensor]
 
-SAMPLED = ("rollout", "replay")
+OF_SAMPLES = ("rollout", "replay")  # sources whose responses are sampled
 """Sources whose responses are a policy's."""
 
 
@@ -38,7 +38,7 @@ def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
             "may leave responses out and the reward is no function of π/π_ref."
         )
     # Where neither key tells, the rows themselves do (`align_cli.data.store`).
-    rolls = tree["source"]["name"] in SAMPLED
+    rolls = tree["source"]["name"] in OF_SAMPLES
     given = tree["source"]["samples"] if rolls else data["responses"] or (data["expected"] or {}).get("responses", 2)
     compares = "pairs" in asked or ("rewards" in asked and "mismatch_kl" not in asked)
     if compares and given == 1:
@@ -72,9 +72,9 @@ def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
 def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
     """Combinations of where responses come from and what is asked of them that compute nothing."""
     algorithm, asked = tree["algo"]["name"], columns.asked(loss)
-    rolls, target = tree["source"]["name"] in SAMPLED, tree.get("target")
+    source, target = tree["source"]["name"], tree.get("target")
     problems: list[str] = []
-    if not rolls:
+    if source not in OF_SAMPLES:
         sampled = [name for name in ("behavior", "target", "advantages") if name in asked]
         if sampled:
             problems.append(f"algo={algorithm} learns from the policy's own samples. Use source=rollout with a scorer.")
@@ -90,28 +90,28 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
         return problems
     if not tree.get("scorer") and "features" not in (tree.get("target") or {}):
         problems.append(
-            "source=rollout: nothing says how good a sampled response is. Choose a scorer, such as scorer=matches "
+            f"source={source}: nothing says how good a sampled response is. Choose a scorer, such as scorer=matches "
             "scorer.pattern=REGEX, scorer=contains, scorer=compiles, or one of your own behind --plugin."
         )
     if tree["reference"]["name"] == "cached":
         problems.append(
-            "source=rollout reference=cached: responses are new in every step, so none is found. Use reference=frozen, "
-            "or reference=adapter with adapter=lora."
+            f"source={source} reference=cached: responses are new in every step, so none is found. Use "
+            "reference=frozen, or reference=adapter with adapter=lora."
         )
     if "mismatch_kl" in asked or _imitates(asked):
-        problems.append(f"algo={algorithm} source=rollout: {algorithm} learns from a dataset. Use source=dataset.")
+        problems.append(f"algo={algorithm} source={source}: {algorithm} learns from a dataset. Use source=dataset.")
     if "target" in asked and not target:
         problems.append(f"algo={algorithm} needs a target: target=pointwise, rlhf, classifier or exponential.")
     if target and "target" not in asked:
         problems.append(
             f"algo={algorithm} target={target['name']}: {algorithm} has no target to choose; algo=fdpg has."
         )
-    if tree["source"]["name"] == "replay" and tree["source"]["keep"]:
+    if source == "replay" and tree["source"]["keep"]:
         problems.append(
             f"source=replay source.keep=true: what it learns from is kept in {tree['source']['path']} already. "
             "source.keep=false would be right."
         )
-    if tree["source"]["name"] == "replay" and tree.get("proposal"):
+    if source == "replay" and tree.get("proposal"):
         problems.append(
             f"source=replay proposal={tree['proposal']['name']}: nothing is drawn; samples of a proposal are weighted "
             "by what was kept of it. proposal=null would be right."
@@ -236,7 +236,7 @@ def of_scores(sections: Mapping[str, Any], tree: Tree, loss: Loss) -> list[str]:
             f"algo={algorithm} asks for 'scores' and for '{others[0]}'; a reward model gives scores and no "
             "log-probabilities. One of the two would be right."
         )
-    if tree["source"]["name"] in SAMPLED:
+    if tree["source"]["name"] in OF_SAMPLES:
         problems.append(
             f"algo={algorithm} source={tree['source']['name']}: a reward model learns from responses that are there, "
             "it writes none. Use source=dataset."

@@ -122,6 +122,18 @@ def test_a_replay_that_does_not_fit_is_refused(
     assert words in told and "would be right" in told
 
 
+@pytest.mark.parametrize(
+    "wrong", [[], ["reference=cached"], ["algo=kto", "data.pairs=null"]], ids=["no scorer", "cached", "kto"]
+)
+def test_a_refusal_names_the_source_that_was_given(
+    wrong: list[str], given: Given, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replay = ("algo=dpo", "data.pairs=all", "source=replay", f"source.path={kept}")
+    command = [word for word in given(tmp_path / "run", *replay, *wrong) if wrong or not word.startswith("scorer")]
+    told = refused(command, tmp_path / "run", capsys)
+    assert "source=replay" in told and "source=rollout" not in told
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-40])
 
