@@ -1,12 +1,15 @@
 """`align ls`, `show`, `cp` and `doctor` say what there is and what works."""
 
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from align_cli import rundir, terminal
+from align_cli import paths, rundir, terminal
 from align_cli.commands import doctor, listing
 from align_cli.errors import UserError
 
@@ -78,6 +81,29 @@ def test_listing_starts_without_heavy_libraries() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.stderr.strip() == "[]"
+
+
+def test_doctor_says_which_extras_are_there_and_what_brings_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"lm-eval": "0.4", "pycodestyle": "2.14"}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = {each.what: each for each in doctor.extras()}
+    assert {name for name, each in found.items() if each.state == "ok"} == set(there)
+    assert "align-cli[eval]" in found["openai"].advice and "align-cli[scorers]" in found["spacy"].advice
+    project = tomllib.loads((paths.conf().parent / "pyproject.toml").read_text())["project"]
+    for name, (extra, _) in doctor.EXTRAS.items():
+        assert any(re.match(rf"{name}\b", line) for line in project["optional-dependencies"][extra]), name
+
+
+def test_doctor_says_how_programs_are_kept_apart_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    found = doctor.sandbox()
+    assert (found.state, found.what) == ("note", "sandbox") and "works on Linux alone" in found.advice
 
 
 def test_doctor_has_a_line_for_everything_and_ends_well(

@@ -1,6 +1,7 @@
 """`align doctor`: versions, devices, what works on this machine, and what to do about the rest."""
 
 import importlib
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -9,10 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from align_cli import paths, rundir, terminal, tracking
+from align_cli import config, paths, rundir, terminal, tracking
 from align_cli.commands.arguments import Parser
+from align_cli.errors import UserError
 
 State = Literal["ok", "note", "missing"]
+EXTRAS = {  # package -> the extra that brings it, and who asks for it
+    "lm-eval": ("eval", "eval=harness"),
+    "math-verify": ("eval", "eval=gsm8k and the like"),
+    "openai": ("eval", "judge="),
+    "pycodestyle": ("scorers", "scorer=pycodestyle"),
+    "spacy": ("scorers", "scorer=entities"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,30 @@ def packages() -> list[Finding]:
         for name, version in rundir.versions().items()
         if name != "python"
     ]
+
+
+def extras() -> list[Finding]:
+    """What evaluations and scorers ask for beside what align always needs."""
+    found: list[Finding] = []
+    for name, (extra, use) in EXTRAS.items():
+        try:
+            found.append(Finding("ok", name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            advice = f"only {use} needs it: pip install 'align-cli[{extra}]'"
+            found.append(Finding("note", name, "not installed", advice))
+    return found
+
+
+def sandbox() -> Finding:
+    """Whether programs that a model has written can be kept apart (`code.run=true`)."""
+    from align_cli.sandbox import Code, opened
+
+    code = config.build(Code, config.compose("evaluate", ["code.run=true"])["code"])
+    try:
+        found = opened(code)
+        return Finding("ok" if found.level == "namespaces" else "note", "sandbox", found.isolation)
+    except UserError as error:
+        return Finding("note", "sandbox", "eval=humaneval, mbpp and leetcode cannot be run", str(error))
 
 
 def devices() -> Finding:
@@ -168,6 +201,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     hub,
     cache,
     configuration,
+    sandbox,
 )
 
 
@@ -186,7 +220,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="align doctor", description=__doc__)
     parser.parse_args(argv)
     colours: dict[State, terminal.Style] = {"ok": "green", "note": "yellow", "missing": "red"}
-    findings = [python(), *packages(), *map(examine, CHECKS)]
+    findings = [python(), *packages(), *extras(), *map(examine, CHECKS)]
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
         state = terminal.paint(f"{finding.state:<7}", colours[finding.state], sys.stdout)
