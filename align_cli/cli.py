@@ -40,6 +40,9 @@ options of train, score, plan and data show:
   --plugin PACKAGE     parts of your own: PACKAGE/losses/mine.py, and PACKAGE/conf as a --config-dir
   --cfg                print the composed configuration and stop
 
+  align --version      which version this is
+  eval "$(align -sc install=bash)"   in .bashrc: TAB completes commands, choices and keys
+
 exit codes: 0 done, 1 failure, 2 a mistake in what was given, 75 stopped by a signal and resumable
 """
 

@@ -1,6 +1,7 @@
 """The command `align`: help, version, completion, and how an error becomes an exit code."""
 
 import importlib
+import os
 import resource
 import subprocess
 import sys
@@ -42,8 +43,9 @@ def test_help_lists_every_command_and_exit_code(arguments: list[str], capsys: py
         assert f"\n  align {name} " in told, name
     for code in (exits.DONE, exits.FAILED, exits.USER, exits.STOPPED):
         assert f"{code} " in told
-    for flag in ("-m", "--multirun", "--config-dir", "--plugin", "--cfg"):
+    for flag in ("-m", "--multirun", "--config-dir", "--plugin", "--cfg", "--version"):
         assert flag in told
+    assert 'eval "$(align -sc install=bash)"' in told
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -148,8 +150,15 @@ def test_a_folder_that_is_exported_is_completed(tmp_path: Path) -> None:
     assert completion.complete(f"align export {tmp_path}/r") == [str(tmp_path / "run")]
 
 
-def test_completion_can_be_installed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.dispatch(["-sc", "install=bash"]) == 0
-    script = capsys.readouterr().out
-    ended = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0 and ended.stderr == ""
+def test_completion_can_be_installed(tmp_path: Path) -> None:
+    align = tmp_path / "align"
+    align.write_text(f'#!/bin/sh\nexec {sys.executable} -m align_cli.cli "$@"\n')
+    align.chmod(0o755)
+    script = """
+        eval "$(align -sc install=bash)"
+        COMP_LINE="align train algo=nc"; COMP_POINT=${#COMP_LINE}
+        _align_completion; complete -p align; printf '%s\n' "${COMPREPLY[@]}"
+    """
+    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run(["bash", "-c", script], env=path, capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines() == ["complete -F _align_completion align", "algo=nca"], ended.stderr
