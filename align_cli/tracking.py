@@ -9,8 +9,8 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -210,6 +210,25 @@ def publish(run_dir: Path, config: Mapping[str, Any], name: str, page: str, *, s
     import wandb as client
 
     run.log({name: client.Html(page, inject=False)}, step=max(step, run.step))  # another report came before
+    run.finish()
+
+
+def publish_of_sweep(folder: Path, configs: Sequence[Mapping[str, Any]], name: str, page: str) -> None:
+    """Show a page about several runs in a W&B run of their group; where they are of no one group, do nothing.
+
+    Args:
+        folder: of the sweep; what W&B writes goes there, and another page goes to the same W&B run.
+        configs: of its runs, as `config.yaml` has them.
+        page: HTML that needs nothing beside itself.
+    """
+    tracks = [config.get("track") for config in configs]
+    named = [(each.get("name"), each.get("project"), each.get("group")) for each in tracks if isinstance(each, Mapping)]
+    if len(named) < len(tracks) or len(set(named)) != 1 or named[0][0] != "wandb" or named[0][2] is None:
+        return
+    run = _start_wandb(folder, {}, replace(Track(**dict(tracks[0] or {})), run_name=f"{named[0][2]}, report"))
+    import wandb as client
+
+    run.log({name: client.Html(page, inject=False)})
     run.finish()
 
 

@@ -523,6 +523,20 @@ def test_the_page_of_a_run_goes_to_its_weights_and_biases_run(tmp_path: Path) ->
     assert file.read_text(encoding="utf-8") == (run / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("groups", [("swept", "swept"), ("swept", "other"), (None, None)])
+def test_the_page_of_a_sweep_goes_to_its_weights_and_biases_group(
+    groups: tuple[str | None, str | None], tmp_path: Path
+) -> None:
+    track = {"name": "wandb", "project": "mine", "run_name": None, "every": 1, "lines": 10}
+    for name, group in zip("ab", groups, strict=True):
+        run = write(tmp_path / "sweep" / name, figures={"steps": 2})
+        rundir.write_config(run, {**rundir.read_config(run), "track": {**track, "group": group}})
+    assert align("report", str(tmp_path / "sweep")) == exits.DONE
+    shown = wandb_files.read(tmp_path / "sweep")
+    assert [(each["project"], each["group"]) for each in shown] == ([("mine", "swept")] if groups[1] == "swept" else [])
+    assert all(each["steps"][0]["report._type"] == "html-file" for each in shown)
+
+
 # --- in a browser
 
 needs_browser = pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium to open pages with")

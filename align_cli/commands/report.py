@@ -55,6 +55,9 @@ def main(argv: list[str]) -> int:
         step = int(max((row["step"] for row in runs[0].steps), default=0)) + 1
         text = where.read_text(encoding="utf-8")
         tracking.publish(paths[0], rundir.read_config(paths[0]), "report", text, step=step)
+    if len(paths) > 1 and len(folders) == 1:
+        read = [rundir.read_config(run.path) for run in runs]
+        tracking.publish_of_sweep(Path(folders[0]), read, "report", where.read_text(encoding="utf-8"))
     terminal.result(str(where))
     return exits.DONE
 
