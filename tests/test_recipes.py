@@ -10,7 +10,7 @@ import pytest
 import small_runs
 import yaml
 
-from align_cli import config, experiment, paths, recipe, summaries
+from align_cli import config, evals, experiment, paths, recipe, summaries
 from align_cli.commands import plan, reproducing
 from align_cli.errors import UserError
 
@@ -227,3 +227,21 @@ def test_the_figures_that_a_run_can_write_are_those_that_it_writes(
 def test_recipes_are_listed_without_anything_heavy() -> None:
     assert all(recipe.title(path) != "no title" for path in recipe.names().values())
     assert paths.recipes().is_dir()
+
+
+def test_claims_on_evaluations_name_figures_that_their_runners_write() -> None:
+    """Beside lm-eval's, whose names are its tasks'."""
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(evals.__file__).parent.glob("*.py")))
+    named: set[tuple[str, str]] = set()
+    for loaded in map(recipe.load, recipe.names()):
+        choices = {choice for scale in loaded.scales.values() for choice in recipe.evaluations(scale)}
+        for figure in {name for each in loaded.expect for name in each.figures}:
+            first, *rest = figure.split("/")
+            if first == "eval" and rest[0] in choices:
+                named.add((rest[0], rest[1]))
+    runners = {
+        choice: yaml.safe_load((paths.conf() / "eval" / f"{choice}.yaml").read_text())["name"] for choice, _ in named
+    }
+    ours = {name for choice, name in named if runners[choice] != "harness"}
+    assert len(ours) > 5
+    assert [name for name in sorted(ours) if f'"{name}"' not in source and not name.startswith("pass@")] == []
