@@ -1,7 +1,12 @@
-"""What a process settles before torch is imported: how its threads wait, and how it holds its memory."""
+"""A process: its cores, and what it settles before torch is imported: how threads wait, and how memory is held."""
 
 import ctypes
 import os
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def settle() -> None:

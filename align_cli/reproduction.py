@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from align_cli import claims, config, exits, experiment, launch, recipe, rundir, study, terminal
+from align_cli import claims, config, exits, experiment, launch, process, recipe, rundir, study, terminal
 from align_cli.claims import Judged, Range
 from align_cli.experiment import Experiment
 from align_cli.recipe import Expectation, Recipe, Run, Scale
@@ -174,11 +174,7 @@ def _study_job(reproduction: Reproduction, seed: int) -> Job:
 def side_by_side(planned: Sequence[Job]) -> int:
     """How many jobs there is room for: by cores, or by GPUs."""
     widest = max((job.ranks for job in planned), default=1)
-    return max(1, (torch.cuda.device_count() or _cores()) // widest)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, (torch.cuda.device_count() or process.cores()) // widest)
 
 
 @dataclass
@@ -279,7 +275,7 @@ def _process(arguments: Sequence[str], environment: Mapping[str, str], log: Path
 
 
 def _threads(ranks: int, room: int) -> str:
-    return str(max(1, _cores() // (ranks * room)))
+    return str(max(1, process.cores() // (ranks * room)))
 
 
 def gpus(slot: int, ranks: int, visible: str | None) -> list[str]:
@@ -462,7 +458,7 @@ def machine() -> str:
         names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
     except OSError:  # no Linux
         names = []
-    return f"{_cores()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+    return f"{process.cores()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def write(folder: Path, told: Mapping[str, Any]) -> None:

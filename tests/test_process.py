@@ -1,5 +1,6 @@
 """What a process settles before it computes, and that what the user has set stays."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -58,3 +59,9 @@ def test_freed_memory_is_kept_until_it_is_trimmed_unless_the_user_says_otherwise
     assert kept >= 50 and left <= 2
     kept, left = map(int, told(FREED, MALLOC_TRIM_THRESHOLD_="131072").split())
     assert kept <= 2 and left <= 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system keeps no process to some of its cores")
+def test_cores_are_those_that_the_process_may_use() -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from align_cli import process"
+    assert told(f"{code}; print(process.cores())") == "1"

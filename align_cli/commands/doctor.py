@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from align_cli import config, paths, rundir, terminal, tracking
+from align_cli import config, paths, process, rundir, terminal, tracking
 from align_cli.commands.arguments import Parser
 from align_cli.errors import UserError
 
@@ -87,7 +87,7 @@ def devices() -> Finding:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return Finding("ok", "device", f"{len(names)} GPU: {', '.join(sorted(set(names)))}")
-    said = f"no GPU; CPU with {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    said = f"no GPU; CPU with {process.cores()} cores, {torch.get_num_threads()} threads"
     if shutil.which("nvidia-smi"):
         return Finding("missing", "device", said, "there is an NVIDIA driver, and this torch was built without CUDA")
     return Finding(

@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from align_cli import exits, terminal
+from align_cli import exits, process, terminal
 from align_cli.commands import arguments
 from align_cli.commands.arguments import Parser
 from align_cli.commands.listing import print_table
@@ -41,10 +40,9 @@ def main(argv: list[str]) -> int:
     begun = time.perf_counter()
     subjects = examine.subjects(given.algorithms, found.config_dirs)
     terminal.say(f"{len(subjects)} to examine, each trained on the enumerable model; a few seconds each")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rows: list[Check] = []
     with terminal.counter() as progress:
-        for _, checks in examine.examine_all(subjects, found.config_dirs, processes=cores, progress=progress):
+        for _, checks in examine.examine_all(subjects, found.config_dirs, processes=process.cores(), progress=progress):
             rows += checks
     seconds = time.perf_counter() - begun
     if given.json:

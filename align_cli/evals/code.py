@@ -1,14 +1,13 @@
 """Programs that the model writes, run with their tests: HumanEval, MBPP, LeetCode, and files like them."""
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-from align_cli import terminal
+from align_cli import process, terminal
 from align_cli.config import find
 from align_cli.data import benchmarks
 from align_cli.data.benchmarks import Benchmark, Subsets, Task
@@ -143,7 +142,7 @@ def _run(sandbox: Sandbox, tasks: Sequence[Task], programs: Sequence[Sequence[st
         return sandbox.run(f"{tasks[place].before}\n{program}", tasks[place].tests)
 
     told: dict[tuple[int, str], Verdict] = {}
-    with terminal.counter() as progress, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with terminal.counter() as progress, ThreadPoolExecutor(process.cores()) as pool:
         for asked, verdict in zip(order, pool.map(one, order), strict=True):
             told[asked] = verdict
             progress("running", len(told), len(order))
