@@ -8,6 +8,7 @@ without gradient, 0 beyond a response's end, whatever stands there in the column
 import torch
 from torch import Tensor
 
+from align_cli.logprobs import wide
 from align_cli.ranges import Fraction
 
 
@@ -68,7 +69,7 @@ def group(rewards: Tensor, mask: Tensor, *, scale: bool) -> Tensor:
     Returns:
         (B, K, T); exactly 0 where all rewards are equal.
     """
-    centred = _centred(_wide(rewards))
+    centred = _centred(wide(rewards))
     advantages = centred / (centred.std(-1, keepdim=True) + 1e-6) if scale else centred
     return _spread(advantages, mask).to(rewards.dtype)
 
@@ -116,8 +117,8 @@ def token_rewards(
     """
     inside = mask.bool()
     last = inside & ~torch.cat([inside[..., 1:], torch.zeros_like(inside[..., :1])], dim=-1)
-    penalty = _inside(-beta * (_wide(behavior_tokens) - reference_tokens), mask)
-    return (penalty + _inside(_wide(rewards)[..., None], last)).to(behavior_tokens.dtype)
+    penalty = _inside(-beta * (wide(behavior_tokens) - reference_tokens), mask)
+    return (penalty + _inside(wide(rewards)[..., None], last)).to(behavior_tokens.dtype)
 
 
 def returns(raw_advantages: Tensor, old_values: Tensor, mask: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ def adapted(beta: float, kl: float, *, target: float, horizon: float, samples: i
 
 def _inside(x: Tensor, mask: Tensor) -> Tensor:
     """`x` on real tokens and 0 beyond, whatever stands there; in float32 at least."""
-    return torch.where(mask.bool(), _wide(x), 0.0)
+    return torch.where(mask.bool(), wide(x), 0.0)
 
 
 def _spread(x: Tensor, mask: Tensor) -> Tensor:
@@ -176,7 +177,3 @@ def _centred(x: Tensor) -> Tensor:
 
 def _to_go(x: Tensor) -> Tensor:
     return x.flip(-1).cumsum(-1).flip(-1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,6 +5,11 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 
+def wide(x: Tensor) -> Tensor:
+    """The same numbers in float32 at least: sums and products of bfloat16 lose what decides."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """log π(target | what precedes it), for each position of a flat row.
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from align_cli.divergences import expm1
+from align_cli.logprobs import wide
 
 
 def ratio(policy: Tensor, behavior: Tensor) -> Tensor:
     """w = π_θ/q, of the shape of the log-probabilities, in float32 at least; 1 where both are 0."""
-    return 1 + expm1(_wide(policy) - behavior)
+    return 1 + expm1(wide(policy) - behavior)
 
 
 def clipped(ratio: Tensor, advantages: Tensor, *, clip: float) -> Tensor:
@@ -38,9 +39,5 @@ def k3(policy: Tensor, reference: Tensor) -> Tensor:
     Never negative, 0 where both agree, and in expectation over samples of π_θ the KL(π_θ ‖ π_ref). Its gradient is
     (1 − t) ∇ log π_θ, which in expectation is not that of KL(π_θ ‖ π_ref), but that of KL(π_ref ‖ π_θ).
     """
-    log_ratio = reference - _wide(policy)
+    log_ratio = reference - wide(policy)
     return expm1(log_ratio) - log_ratio
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from align_cli.divergences import STEEPEST, Divergence
+from align_cli.logprobs import wide
 
 
 def fdpg(
@@ -47,7 +48,7 @@ def fdpg(
     Returns:
         (B,). Its gradient is that of D_f(π_θ ‖ p) in expectation, exactly; its value means nothing.
     """
-    now = policy.detach().to(torch.promote_types(policy.dtype, torch.float32))
+    now = wide(policy.detach())
     excluded, unknown = target == -torch.inf, (log_z == -torch.inf)[:, None]
     log_ratio = now - target.masked_fill(excluded, 0.0) + log_z[:, None].masked_fill(unknown, 0.0)
     reward = -torch.where(excluded, divergence.limit, divergence.f_prime(log_ratio)).masked_fill(unknown, 0.0)

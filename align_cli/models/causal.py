@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from align_cli.data.batches import Lengths, Measured, MicroBatch, flatten
 from align_cli.data.store import Group
 from align_cli.errors import UserError
-from align_cli.logprobs import sum_by, token_logprobs
+from align_cli.logprobs import sum_by, token_logprobs, wide
 from align_cli.models import attention, head
 from align_cli.models.head import Scoring, Transform
 from align_cli.models.recompute import sparing
@@ -238,7 +238,7 @@ def measure(network: nn.Module, batch: MicroBatch, manner: Manner) -> dict[str, 
 def _tempered(logits: Tensor, manner: Manner) -> Tensor:
     if manner.temperature == 1.0:
         return logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / manner.temperature
+    return wide(logits) / manner.temperature
 
 
 def _spread(tokens: Tensor, batch: MicroBatch, different: int) -> Tensor:
