@@ -39,7 +39,6 @@ from align_cli.models.causal import (
     Model,
     error_of,
     load_model,
-    read_architecture,
     recompute_activations,
     takes_flat_rows,
 )
@@ -49,7 +48,7 @@ from align_cli.models.scalar import error_of as scalar_error
 from align_cli.normaliser import LogZ
 from align_cli.proposal import Proposal
 from align_cli.raters import ByModel, ByProgram, Ensemble, FirstFeature, FromEnsemble, Models, Rater, Within
-from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, mismatched, numerics, rows, weights_digest
+from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, digest_of, mismatched, numerics, rows
 from align_cli.reinforcement import Scaled, TokenRewards, Whitened, summed
 from align_cli.rollouts import DRAWN, Kept
 from align_cli.sections import Moments
@@ -408,8 +407,7 @@ def _content(experiment: Experiment) -> str:
         scorer = config.find("align_cli.scorers", experiment.tree["scorer"]["name"], "scorer")
         return "\n".join(path.read_text(encoding="utf-8") for path in _sources(scorer))
     models = [replace(experiment.model, path=path, revision=None) for path in experiment.scorer.paths]
-    digests = [weights_digest(each.path, vars(read_architecture(each)).get("_commit_hash")) for each in models]
-    return "\n".join(digests)
+    return "\n".join(map(digest_of, models))
 
 
 def _sources(scorer: Callable[..., Any]) -> list[Path]:

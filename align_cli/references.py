@@ -25,7 +25,7 @@ from align_cli.data.batches import Measured, MicroBatch, split
 from align_cli.data.store import Group, Store
 from align_cli.engine import Engine, Measuring
 from align_cli.models.adapters import switched_off
-from align_cli.models.causal import Manner, measure
+from align_cli.models.causal import Manner, Model, measure, read_architecture
 
 Say = Callable[[str], None]
 
@@ -59,6 +59,11 @@ def weights_digest(path: str, commit: str | None) -> str:
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(f"{file.name} {file_digest(file, paths.cache() / 'weights')}\n".encode())
     return digest.hexdigest()
+
+
+def digest_of(model: Model) -> str:
+    """The digest of the weights that a `model` section names, at its revision."""
+    return weights_digest(model.path, vars(read_architecture(model)).get("_commit_hash"))
 
 
 def rows(manner: Manner) -> str:

@@ -21,7 +21,7 @@ from align_cli.errors import RunError, Stopped, UserError
 from align_cli.evaluate import evaluate_loss, evaluate_samples
 from align_cli.experiment import Experiment, read
 from align_cli.method import Method
-from align_cli.models.causal import load_tokenizer, read_architecture
+from align_cli.models.causal import load_tokenizer, positions, read_architecture
 from align_cli.models.scalar import classifier, is_reward_model
 from align_cli.precision import Arithmetic, choose_for
 from align_cli.raters import FromModel, Models, Scorer
@@ -161,28 +161,29 @@ def _refuse_unfit(experiment: Experiment, store: Store, held_out: Store) -> None
             f"algo={experiment.algorithm} compares the responses of a prompt; {experiment.data.path} has one for each. "
             "algo=sft learns from one."
         )
-    told = read_architecture(experiment.model).to_dict()
+    architecture = read_architecture(experiment.model)
+    told = architecture.to_dict()
     largest = store.largest
     if isinstance(told.get("vocab_size"), int) and largest >= told["vocab_size"]:
         raise UserError(
             f"model.path={experiment.model.path}: its tokenizer gives token {largest}, its weights know "
             f"{told['vocab_size']} tokens. A tokenizer that belongs to the weights would be right."
         )
-    positions = [told[name] for name in ("max_position_embeddings", "n_positions") if isinstance(told.get(name), int)]
+    there = positions(architecture)
     longest = max(int(part.longest.max()) for part in (store, held_out) if len(part))
     if isinstance(source, FromPolicy):
         prompt = max(int(part.prompt_tokens.max()) for part in (store, held_out) if len(part))
-        if positions and prompt + source.max_new_tokens > positions[0]:
+        if there is not None and prompt + source.max_new_tokens > there:
             raise UserError(
                 f"source.max_new_tokens={source.max_new_tokens}: a prompt of {prompt} tokens and it exceed the "
-                f"{positions[0]} positions of model.path={experiment.model.path}. data.max_length={positions[0]} drops "
+                f"{there} positions of model.path={experiment.model.path}. data.max_length={there} drops "
                 "or shortens prompts that leave too little room."
             )
         return
-    if positions and longest > positions[0]:
+    if there is not None and longest > there:
         raise UserError(
             f"data.max_length={experiment.data.max_length}: a prompt with its response has {longest} tokens; "
-            f"model.path={experiment.model.path} has {positions[0]} positions. data.max_length={positions[0]} drops or "
+            f"model.path={experiment.model.path} has {there} positions. data.max_length={there} drops or "
             "shortens what is longer."
         )
 

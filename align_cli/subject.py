@@ -110,10 +110,7 @@ class Subject:
             return self.section
         from peft import PeftConfig
 
-        if not (Path(self.path) / "adapter_model.safetensors").is_file():
-            raise UserError(
-                f"{self.path}: it has no adapter_model.safetensors; adapters in safetensors would be right."
-            )
+        adapters.refuse_other_formats(Path(self.path))
         told = PeftConfig.from_pretrained(self.path)
         return replace(self.section, path=str(told.base_model_name_or_path))
 
@@ -125,12 +122,11 @@ class Subject:
     @cached_property
     def digest(self) -> str:
         """Of the weights."""
-        commit = vars(causal.read_architecture(self.base)).get("_commit_hash")
-        base = references.weights_digest(self.base.path, commit)
+        base = references.digest_of(self.base)
         if not self.adapted:
             return base
         digest = hashlib.blake2b(base.encode(), digest_size=16)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in ("adapter_config.json", adapters.WEIGHTS):
             digest.update(cache.file_digest(Path(self.path) / name, paths.cache() / "weights").encode())
         return digest.hexdigest()
 
@@ -246,9 +242,7 @@ class Subject:
     @cached_property
     def positions(self) -> int | None:
         """The longest sequence that the model was made for, in tokens; None where it does not say."""
-        told = causal.read_architecture(self.base).to_dict()
-        named = [told[name] for name in ("max_position_embeddings", "n_positions") if isinstance(told.get(name), int)]
-        return named[0] if named else None
+        return causal.positions(causal.read_architecture(self.base))
 
     def _refuse_long(self, tokens: int, what: str) -> None:
         if self.positions is not None and tokens > self.positions:

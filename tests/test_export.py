@@ -15,7 +15,7 @@ from align_cli import rundir
 from align_cli.cli import dispatch
 from align_cli.commands import export
 from align_cli.errors import UserError
-from align_cli.models import tiny
+from align_cli.models import adapters, tiny
 from align_cli.models.adapters import quiet_peft
 
 PROBE = torch.tensor([[4, 9, 12, 5, 5, 14, 7, 3]])
@@ -91,6 +91,14 @@ def test_the_folder_holds_safetensors_a_tokenizer_and_a_card_and_no_code(
     summary = rundir.read_summary(run)
     assert summary is not None
     assert f"| loss/last | {summary['loss/last']:.4g} |" in card
+
+
+def test_adapters_of_another_format_are_refused(start: Path, tmp_path: Path) -> None:
+    run = finished_run(tmp_path, start, "adapter=lora")
+    (run / "model" / adapters.WEIGHTS).rename(run / "model" / "adapter_model.bin")
+    for command in (["export", str(run), str(tmp_path / "out")], ["evaluate", str(run), "eval=loss"]):
+        with pytest.raises(UserError, match=r"/run/model: it has no adapter_model\.safetensors; adapters in"):
+            dispatch(command)
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_of_what_went_wrong(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,17 @@ from align_cli.engine import Optimizer, TorchEngine
 from align_cli.models import tiny
 from align_cli.models.adapters import Adapter, attach
 from align_cli.models.causal import Manner, Model, load_model
-from align_cli.references import AdapterOff, Cached, Frozen, MismatchKL, content, mismatched, numerics, weights_digest
+from align_cli.references import (
+    AdapterOff,
+    Cached,
+    Frozen,
+    MismatchKL,
+    content,
+    digest_of,
+    mismatched,
+    numerics,
+    weights_digest,
+)
 
 CPU = torch.device("cpu")
 OPTIMIZER = Optimizer(betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
@@ -151,6 +161,8 @@ def test_other_weights_dtypes_and_rows_have_folders_of_their_own(model: Path, tm
     flipped[-1] ^= 1
     shard.write_bytes(flipped)
     assert weights_digest(str(tmp_path / "same"), None) != digest
+    named = Model(name="hf", path=str(model), revision=None, rows="auto", head="auto", architecture=None)
+    assert digest_of(named) == digest
     assert weights_digest("some/hub-id", "a" * 40) != weights_digest("some/hub-id", "b" * 40)
     homes = {
         Cached.home(

@@ -232,8 +232,8 @@ def _loaded(origin: dict[str, str | int | None]) -> tuple["Frozen", str]:
     import torch
 
     from align_cli.assembly import find_manner
-    from align_cli.models.causal import Model, load_model, read_architecture
-    from align_cli.references import Frozen, weights_digest
+    from align_cli.models.causal import Model, load_model
+    from align_cli.references import Frozen, digest_of
 
     if not origin.keys() >= {"model", "revision", "weights", "dtype", "bits", "rows", "head", "device", "matmul"}:
         raise UserError("it is not known which model the figures came from")
@@ -249,8 +249,7 @@ def _loaded(origin: dict[str, str | int | None]) -> tuple["Frozen", str]:
         head=origin["head"],  # pyright: ignore[reportArgumentType]
         architecture=None,
     )
-    commit = vars(read_architecture(model)).get("_commit_hash")
-    if weights_digest(model.path, commit) != origin["weights"]:
+    if digest_of(model) != origin["weights"]:
         raise UserError(f"{model.path} has other weights by now")
     torch.set_float32_matmul_precision(str(origin["matmul"]))
     dtype = torch.bfloat16 if origin["dtype"] == "bfloat16" else torch.float32

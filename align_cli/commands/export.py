@@ -81,10 +81,9 @@ def _merged(source: Path) -> tuple["Tensor", "PreTrainedModel", "Tensor"]:
     import torch
     from peft import PeftConfig, PeftModel
 
-    from align_cli.models.adapters import quiet_peft
+    from align_cli.models.adapters import quiet_peft, refuse_other_formats
 
-    if not (source / "adapter_model.safetensors").is_file():
-        raise UserError(f"{source}: it has no adapter_model.safetensors; adapters in safetensors would be right.")
+    refuse_other_formats(source)
     told = PeftConfig.from_pretrained(str(source))
     settings = {"num_labels": 1} if told.task_type == "SEQ_CLS" else {}
     base = _kind(scores=bool(settings)).from_pretrained(

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 
 from align_cli.errors import UserError
 from align_cli.ranges import Count, Positive
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,16 @@ def switched_off(network: nn.Module) -> Iterator[None]:
         raise UserError("reference=adapter needs an adapter; the run trains all weights. Use reference=cached.")
     with network.disable_adapter():
         yield
+
+
+def refuse_other_formats(folder: Path) -> None:
+    """Refuse adapters that are not in safetensors.
+
+    Raises:
+        UserError: the folder has none that are.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder}: it has no {WEIGHTS}; adapters in safetensors would be right.")
 
 
 def merged(network: PreTrainedModel, folder: str) -> PreTrainedModel:

@@ -329,6 +329,13 @@ def read_architecture(model: Model) -> Any:
     return config
 
 
+def positions(config: Any) -> int | None:
+    """The longest sequence that a model was made for, in tokens; None where its configuration does not say."""
+    told = config.to_dict()
+    named = [told[name] for name in ("max_position_embeddings", "n_positions") if isinstance(told.get(name), int)]
+    return named[0] if named else None
+
+
 def _refuse_pickles(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
