@@ -137,18 +137,18 @@ class Method:
 
     @torch.no_grad()
     def first(self, engine: Engine, filled: Mapping[str, Any]) -> Metrics:
-        """What the first step is judged by: `exact`, `start` and `drift`, before the first update.
+        """What the first step is judged by, before the first update.
 
         With a reference, `exact` is the closed form of the loss while policy and reference are the same, `start` the
         loss with the policy in the reference's place, and `drift` how far the two are apart, in nats per token. In
         fp32 the loss itself is held to `exact`. Below fp32 a reference that was measured in another micro-batch
         differs by rounding, which a steep loss multiplies; then `start` is held to it, and `drift` to rounding.
 
-        Without a reference, `exact` is the loss of log-probabilities that are computed the plain way, a padded
-        sequence for each response.
+        Without a reference, `plain` is the loss of log-probabilities that are computed the plain way, a padded
+        sequence for each response; below fp32 it differs by rounding.
 
-        A reward model starts without preferences: `exact` is the loss of scores that are all 0. One that is trained
-        further is held to scores that are computed the plain way.
+        A reward model starts without preferences: `exact` is the loss of scores that are all 0. Of one that is trained
+        further, `plain` is the loss of scores that are computed the plain way.
 
         Sampled responses are judged by `drift` and by `sampler`, how far the sampler's log-probabilities are from the
         policy's.
@@ -163,7 +163,7 @@ class Method:
             return {"exact": (self.elements(started).sum(), size)}
         if self.experiment.at_reference is None:
             plain = measure(engine.module(), filled["batch"], Manner(flat=False, scalar=engine.manner.scalar))
-            return {"exact": (self.elements({**filled, **plain}).sum(), size)}
+            return {"plain": (self.elements({**filled, **plain}).sum(), size)}
         if self.experiment.reference.path:
             return {}
         exact = columns.evaluate(self.experiment.at_reference, filled)

@@ -30,7 +30,8 @@ from align_cli.sources import FromPolicy, Source
 from align_cli.tracking import Silent
 
 TOLERANCE = 1e-3  # of the first step's loss
-DRIFT = 0.05  # nats per token that bf16 may put between two measurements of one model; two models differ by more
+# What bf16 may put between two measurements of one model, in nats per token or of a loss; two models differ by more.
+DRIFT = 0.05
 REMEDY = "A lower train.lr, engine.precision=fp32 or smaller rewards may help; checkpoints of earlier steps are whole."
 
 
@@ -231,7 +232,8 @@ def _judge(step: int, figures: dict[str, float], precise: bool) -> None:
         excluded = figures.get("divergence/excluded")
         forbidden = f"The target excludes {excluded:.0%} of the samples; {WHERE_EXCLUDED} " if excluded else ""
         raise NotFinite(f"the loss of step {step} is {loss}. {forbidden}{REMEDY}")
-    exact, start, drift, sampler = (figures.pop(name, None) for name in ("exact", "start", "drift", "sampler"))
+    judged = ("exact", "plain", "start", "drift", "sampler")
+    exact, plain, start, drift, sampler = (figures.pop(name, None) for name in judged)
     limit = TOLERANCE if precise else DRIFT
     if sampler is not None and sampler > limit:
         raise WrongStart(
@@ -243,14 +245,15 @@ def _judge(step: int, figures: dict[str, float], precise: bool) -> None:
             f"policy and reference are {drift:.3g} nats per token apart before any update, more than rounding. Likely "
             "causes: the reference is not the policy's starting weights; adapters do not start at zero."
         )
-    if exact is None:
+    right, within = (exact, TOLERANCE) if plain is None else (plain, limit)
+    if right is None:
         return
     held = loss if precise or start is None else start
     apart = drift is not None and drift > limit
-    if abs(held - exact) > TOLERANCE or apart:
+    if abs(held - right) > within or apart:
         told = f"; policy and reference are {drift:.3g} nats per token apart" if apart else ""
         raise WrongStart(
-            f"the first loss is {held:.6f}; before any update it must be {exact:.6f}{told}. Likely causes: the "
+            f"the first loss is {held:.6f}; before any update it must be {right:.6f}{told}. Likely causes: the "
             "reference is not the policy's starting weights; dropout or another random part is active; "
             "log-probabilities are rounded to bf16 on the way; adapters do not start at zero; the cached reference "
             "belongs to other numerics (remove it from the cache folder)."

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,26 @@ def test_evaluation_is_logged_where_it_is_asked_for(
 
 
 # --- wrong starts and bad ends
+
+
+@pytest.mark.parametrize(
+    "right, figures, precise",
+    [
+        (True, {"plain": 0.99}, False),  # rounding of padded sequences, apart from that of flat rows
+        (False, {"plain": 0.94}, False),
+        (False, {"plain": 0.99}, True),
+        (True, {"plain": 0.9995}, True),
+        (False, {"exact": 0.99}, False),  # the scores of a fresh reward model are 0, not 0 but for rounding
+        (False, {"exact": 0.99, "start": 1.0, "drift": 0.01}, False),
+        (True, {"exact": 0.99, "start": 0.99, "drift": 0.01}, False),  # a steep loss multiplies the drift
+        (False, {"exact": 0.99, "start": 0.99, "drift": 0.06}, False),
+    ],
+)
+def test_a_first_loss_is_held_to_rounding_where_it_is_measured_twice(
+    right: bool, figures: dict[str, float], precise: bool
+) -> None:
+    with nullcontext() if right else pytest.raises(WrongStart, match="the first loss is"):
+        train._judge(1, {"loss": 1.0, **figures}, precise)
 
 
 def test_a_reference_of_other_weights_is_noticed(
