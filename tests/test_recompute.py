@@ -151,6 +151,27 @@ def test_a_feed_forward_part_that_computes_something_else_is_left_alone() -> Non
     assert "forward" in vars(network.model.layers[1].mlp)
 
 
+class Packed(nn.Linear):
+    """A layer as bitsandbytes has them for 4 bits: two weights in a byte, and a type of its own to compute in."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.held = plain.weight.detach().bfloat16()
+        self.weight = nn.Parameter(torch.zeros(self.held.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input.bfloat16(), self.held).to(input.dtype)
+
+
+def test_a_feed_forward_part_of_4_bit_weights_keeps_less() -> None:
+    network = llama()
+    for name, each in list(network.model.layers.named_modules()):
+        if isinstance(each, nn.Linear):
+            network.model.layers.set_submodule(name, Packed(each))
+    recompute.install(network)
+    assert all("forward" in vars(layer.mlp) for layer in network.model.layers)
+
+
 def test_a_tensor_at_the_address_of_one_that_is_gone_is_kept() -> None:
     spared = Spared()
     made = torch.ones(2, 3)

@@ -211,9 +211,12 @@ def _feed_forward(self: Any, x: Tensor) -> Tensor:
 def _is_gated(module: Any) -> bool:
     """Whether a feed-forward part computes down(act(gate x) · up x): held against its own code on some rows."""
     weight = module.down_proj.weight
-    rows = torch.linspace(-1, 1, 3 * len(weight), dtype=weight.dtype, device=weight.device).view(1, 3, -1)
+    # 4-bit weights are bytes of another shape, and compute in a type of their own
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.bfloat16
     try:
+        width = module.gate_proj.in_features
+        rows = torch.linspace(-1, 1, 3 * width, dtype=dtype, device=weight.device).view(1, 3, -1)
         own = type(module).forward(module, rows)
         return torch.equal(own, _feed_forward(module, rows))
-    except (TypeError, ValueError, IndexError, RuntimeError):
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         return False
