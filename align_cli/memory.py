@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from align_cli.engine import EngineOptions
 from align_cli.errors import UserError
@@ -28,6 +30,8 @@ from align_cli.models.causal import Model, read_architecture
 from align_cli.models.head import CACHED
 from align_cli.models.scalar import classifier
 
+BLOCK = 64  # weights of NF4 that share a scale, an fp32 number
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -36,6 +40,7 @@ class Shape:
     Attributes:
         parameters: all weights; a tied one counts once.
         trained: weights that training changes.
+        linear: weights of linear layers, without the one that makes logits: what 4 bits are for.
         layers, hidden, intermediate, kv_width, vocabulary: of the transformer; kv_width is heads times head size of
             the keys, experts_per_token multiplies the width of the feed-forward part.
         spared: the kinds of activations that `align_cli.models.recompute` finds in it.
@@ -43,6 +48,7 @@ class Shape:
 
     parameters: int
     trained: int
+    linear: int
     layers: int
     hidden: int
     intermediate: int
@@ -89,6 +95,8 @@ def _counted(model: Model, adapter: Adapter, scores: bool) -> Shape:
     with torch.device("meta"):
         base: PreTrainedModel = kind.from_config(config)
         parameters = sum(p.numel() for p in base.parameters())
+        layers = (m for m in base.modules() if type(m) is nn.Linear or isinstance(m, Conv1D))
+        linear = sum(m.weight.numel() for m in layers if m is not base.get_output_embeddings())
         network = attach(base, adapter, seed=0, scores=scores)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     sizes = config.to_dict()
@@ -98,6 +106,7 @@ def _counted(model: Model, adapter: Adapter, scores: bool) -> Shape:
     return Shape(
         parameters=parameters + (trained if adapter.rank is not None else 0),
         trained=trained,
+        linear=linear,
         layers=_first(sizes, "num_hidden_layers", "n_layer"),
         hidden=hidden,
         intermediate=sizes.get("intermediate_size") or sizes.get("n_inner") or 4 * hidden,
@@ -147,13 +156,13 @@ def per_device(
         raters: reward models that lie beside the policy at a time; each is taken to be as large.
         sampled: tokens of the sequences that are sampled at a time, prompts included.
         frozen_reference: whether a second model lies beside the policy.
-        frozen_bits: bits of frozen weights where they are quantised.
+        frozen_bits: bits of the weights of frozen linear layers where they are quantised; blocks share a scale.
         proposal: whether samples are drawn from a copy of the trained weights.
     """
     stage = -1 if engine.stage is None else engine.stage
     size = dtype.itemsize
-    frozen = shape.parameters - shape.trained
-    weights = shape.trained * size + frozen * (size if frozen_bits is None else frozen_bits / 8)
+    quantised = 0 if frozen_bits is None else shape.linear
+    weights = (shape.parameters - quantised) * size + quantised * ((frozen_bits or 0) / 8 + 4 / BLOCK)
     weight_share = ranks if stage == 3 else 1
     state_share = ranks if stage >= 1 else 1
     gradient_share = ranks if stage >= 2 else 1

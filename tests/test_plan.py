@@ -111,6 +111,14 @@ def test_full_fine_tuning_under_zero_3_is_18_bytes_a_weight_over_the_gpus() -> N
     assert state == pytest.approx(7_241_732_096 * (2 + 4 + 4 + 8) / 8)
 
 
+def test_four_bits_are_for_the_linear_layers_and_come_with_scales() -> None:
+    plain, packed = (checked(*THE_COMMAND, *GPU, "engine=zero2", f"adapter={name}") for name in ("lora", "qlora"))
+    saved = [experiment.terms(each, memory.shape(each.model, each.adapter))["weights"] for each in (plain, packed)]
+    # Mistral 7B: q, o (4096 x 4096), k, v (1024 x 4096), gate, up, down (14336 x 4096); not embeddings, head and norms
+    linear = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert saved[0] - saved[1] == linear * (2 - 4 / 8 - 4 / 64)  # blocks of 64 share a scale in fp32
+
+
 def test_the_plan_takes_less_than_ten_seconds_of_a_fresh_process() -> None:
     program = (
         "import socket, sys\n"
@@ -163,7 +171,14 @@ def test_the_embedded_world_and_a_local_folder_plan_without_being_made(
         ["algo=nca", "model=mixtral8x7b", "engine=zero1", "launch.devices=8"],
         ["algo=nca", "model=llama3_8b", "adapter=lora", "launch.memory_gb=40"],
         ["algo=nca", "model=mistral7b", "adapter=none", "reference=frozen", "launch.devices=2"],
-        ["algo=nca", "model=mixtral8x7b", "adapter=qlora", "launch.devices=2", "launch.memory_gb=40"],
+        [
+            "algo=nca",
+            "model=llama3_8b",
+            "adapter=qlora",
+            "engine.micro_tokens=16384",
+            "launch.devices=2",
+            "launch.memory_gb=40",
+        ],
     ],
     ids=" ".join,
 )
@@ -249,6 +264,7 @@ def kept_per_token(model_type: str, dtype: torch.dtype, *, sparing: bool) -> tup
     shape = memory.Shape(
         parameters=1,
         trained=1,
+        linear=0,
         layers=4,
         hidden=64,
         intermediate=224,
