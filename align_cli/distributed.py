@@ -5,12 +5,14 @@ import os
 import signal
 import sys
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+
+from align_cli.errors import UserError
 
 # transformers imports DeepSpeed, which looks for a device at once and complains where there is none.
 if not torch.cuda.is_available():
@@ -43,16 +45,35 @@ def ranks_per_node() -> int | None:
 
 
 def local_device(accelerator: str) -> torch.device:
-    """The device of this process: its own GPU, or the CPU.
+    """The device of this process, which uses it from here on: its own GPU, or the CPU.
+
+    Args:
+        accelerator: `gpu`, `cpu`, or `auto` for a GPU where there is one.
+
+    Raises:
+        UserError: there are fewer GPUs than ranks.
+    """
+    if device_type(accelerator) == "cpu":
+        return torch.device("cpu")
+    place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= there:
+        raise UserError(
+            f"rank {place} of this node has no GPU of its own: PyTorch sees {there}. Fewer ranks would be right, or "
+            "under srun --gpus-per-node in place of --gpus-per-task and --gpu-bind."
+        )
+    device = torch.device("cuda", place)
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_type(accelerator: str) -> Literal["cuda", "cpu"]:
+    """The kind of device that ranks have; to ask takes no memory of a GPU, as to use one does.
 
     Args:
         accelerator: `gpu`, `cpu`, or `auto` for a GPU where there is one.
     """
-    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    return "cpu" if on_cpu else "cuda"
 
 
 def join(device: torch.device) -> None:

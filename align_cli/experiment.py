@@ -560,9 +560,13 @@ def _unknown_sections(tree: Tree) -> list[str]:
 
 
 def needs_gpu(experiment: Experiment) -> list[str]:
-    """What the experiment asks for that only a GPU has, where there is none."""
+    """What the experiment asks for that only a GPU has, or another GPU, where there is none."""
     if torch.cuda.is_available():
-        return []
+        launch, there = experiment.launch, torch.cuda.device_count()
+        ranks = launch.devices if launch.name == "local" and launch.accelerator != "cpu" else None
+        if ranks is None or ranks <= there:
+            return []
+        return [f"launch.devices={ranks}: PyTorch sees {there} GPU(s) here, and each rank needs its own."]
     problems: list[str] = []
     if experiment.launch.accelerator == "gpu":
         problems.append("launch.accelerator=gpu: this machine has no GPU that PyTorch can use. Use auto or cpu.")

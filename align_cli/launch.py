@@ -55,7 +55,7 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     refuse_foreign_ranks("train")
     tell_choice(checked)
     run_dir = Path(checked.run.dir)
-    device = distributed.local_device(checked.launch.accelerator)
+    device = distributed.device_type(checked.launch.accelerator)
     claimable(run_dir)
     made = not run_dir.exists()
     with exits.terminable(), cache.in_use(paths.cache()), rundir.lock(run_dir) as held:
@@ -66,7 +66,7 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
             prepared = prepare(checked)
             rundir.write_config(run_dir, located(tree))
             ranks = experiment.devices(checked)
-            rundir.write_env(run_dir, device=str(device.type), ranks=ranks, data=prepared.train.report, command=command)
+            rundir.write_env(run_dir, device=device, ranks=ranks, data=prepared.train.report, command=command)
             if checked.launch.name == "prepare":
                 told = shlex.join([str(run_dir), *config.plugins()])
                 terminal.result(f"prepared {run_dir} for {ranks} rank(s). On each node, with its own addresses:")

@@ -18,7 +18,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small_runs import align, overrides
 
-from align_cli import experiment, rundir, worker
+from align_cli import distributed, experiment, rundir, worker
+from align_cli.errors import UserError
 
 Command = Callable[..., list[str]]
 
@@ -538,6 +539,24 @@ def test_ranks_are_started_by_one_program_only(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     says(refused(*train()), "torchrun", "launch=prepare", "align_cli.worker")
+
+
+def test_each_rank_needs_a_gpu_of_its_own(
+    train: Command, refused: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    given = ("launch.accelerator=gpu", "launch.devices=3", "launch.memory_gb=80")
+    says(refused(*train(*given)), "launch.devices=3", "sees 2 GPU(s)", "each rank")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"rank 2 of this node.*PyTorch sees 2.*--gpus-per-node"):
+        distributed.local_device("gpu")
+
+
+def test_a_run_is_prepared_for_gpus_where_there_is_none(train: Command) -> None:
+    assert align(*train("launch=prepare", "launch.accelerator=gpu", "launch.devices=1")) == 0
+    assert json.loads(Path("run/env.json").read_text())["device"] == "cuda"
 
 
 def test_a_cache_that_cannot_be_written_is_named(
