@@ -31,6 +31,12 @@ Network = PreTrainedModel | PeftModel
 NEVER = 1e30  # a norm that no gradient reaches
 
 
+def gpu_dtype() -> torch.dtype:
+    """bf16 where the GPU computes in it, or is only planned for; fp32 where it is older than Ampere and emulates it."""
+    emulates = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float32 if emulates else torch.bfloat16
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """The `engine` section of the configuration."""
@@ -56,9 +62,9 @@ class EngineOptions:
         return self.selective_recompute and not self.gradient_checkpointing and self.stage != 3
 
     def dtype(self, device: torch.device) -> torch.dtype:
-        """The type of weights and activations; auto is bf16 on a GPU, fp32 on a CPU until a run has tried there."""
+        """The type of weights and activations; auto is `gpu_dtype` on a GPU, fp32 on a CPU until a run tries there."""
         if self.precision == "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
+            return gpu_dtype() if device.type == "cuda" else torch.float32
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 

@@ -26,7 +26,7 @@ from align_cli.data.batches import Measured, split
 from align_cli.data.records import Message, Record, RowError
 from align_cli.data.store import Group
 from align_cli.data.tokens import Template
-from align_cli.engine import Measuring
+from align_cli.engine import Measuring, gpu_dtype
 from align_cli.errors import UserError
 from align_cli.models import adapters, causal, scalar
 from align_cli.models.causal import Manner, Model
@@ -152,7 +152,7 @@ class Subject:
         if self.options.precision != "auto":
             return torch.bfloat16 if self.options.precision == "bf16" else torch.float32
         if self.device.type == "cuda":
-            return torch.bfloat16
+            return gpu_dtype()
         chosen = choose_for(causal.read_architecture(self.base), paths.cache())
         torch.set_float32_matmul_precision(chosen.products)
         return torch.bfloat16 if chosen.precision == "bf16" else torch.float32

@@ -183,13 +183,42 @@ def test_gradients_of_stage_1_are_summed_in_float32_and_held_once() -> None:
     assert float(norm) == pytest.approx(math.sqrt(6) * (1 + 2**-10), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "there, native, device, dtype",
+    [
+        (True, True, "cuda", torch.bfloat16),
+        (True, False, "cuda", torch.float32),  # such as a V100, which emulates it
+        (True, True, "cpu", torch.float32),
+        (False, False, "cuda", torch.bfloat16),  # a plan
+    ],
+)
+def test_precision_follows_what_the_gpu_computes_in(
+    there: bool, native: bool, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    options = EngineOptions(**config.compose("train", [])["engine"])
+    assert options.dtype(torch.device(device)) == dtype
+
+
 # --- hpZ
 
 
-def zero_of(stage: str, *, alone: bool = True) -> dict[str, Any]:
+def config_of(stage: str, *, alone: bool = True) -> dict[str, Any]:
     options = EngineOptions(**config.compose("train", [f"engine={stage}"])["engine"])
     optimizer = Optimizer(**config.compose("train", [])["optimizer"])
-    return engine.deepspeed_config(options, optimizer, torch.device("cpu"), alone=alone)["zero_optimization"]
+    return engine.deepspeed_config(options, optimizer, torch.device("cpu"), alone=alone)
+
+
+def zero_of(stage: str, *, alone: bool = True) -> dict[str, Any]:
+    return config_of(stage, alone=alone)["zero_optimization"]
+
+
+@pytest.mark.parametrize("stage", ["zero0", *STAGES])
+def test_no_clock_of_deepspeed_waits_for_the_device(stage: str) -> None:
+    from deepspeed.utils.config import get_timers_config
+
+    assert not get_timers_config(config_of(stage)).enabled
 
 
 @pytest.mark.parametrize(
