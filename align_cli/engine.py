@@ -264,6 +264,8 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        # DeepSpeed's own clock would wait for the device before every forward pass.
+        "timers": {"throughput": {"enabled": False}},
     }
     if low:
         config["data_types"] = {"grad_accum_dtype": "fp32"}

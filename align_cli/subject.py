@@ -387,6 +387,8 @@ class Subject:
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
+                drawn = None
+            if drawn is None:  # outside of the block above, whose error holds on to what the batch has allocated
                 batch //= 2
                 torch.cuda.empty_cache()
                 terminal.warn(f"memory is short: {batch} sequences are generated at a time; generate.batch sets it")

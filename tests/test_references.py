@@ -218,3 +218,11 @@ def test_mismatched_pairs_are_of_another_prompt_and_the_estimate_is_the_mean_log
     expected = torch.stack([engine.measure(flatten([pair]))["policy"] - cached.of([pair]) for pair in pairs]).mean()
     assert expected > 0.1
     assert_close(column(torch.zeros(4, 3)), expected.detach().expand(4), rtol=0, atol=1e-5)
+
+
+def test_adapters_are_drawn_without_a_look_at_the_gpus(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = load(model, LORA)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # torch would warn of them, and ask each for its state
+    other = load(model, LORA)
+    for weight, same in zip(one.network.parameters(), other.network.parameters(), strict=True):
+        assert torch.equal(weight, same)

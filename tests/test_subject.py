@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -148,9 +149,12 @@ def test_memory_that_is_short_halves_the_batch(
             raise torch.OutOfMemoryError
         return sample(model, prompts, responses=responses, **settings)
 
+    held: list[BaseException | None] = []  # an error holds the frames of what failed, and these what they allocated
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(sys.exception()))
     monkeypatch.setattr(generation, "sample", small)
     asked(subject)
     assert drawn == [3, 3, 3, 3] and "generate.batch" in capsys.readouterr().err
+    assert held and not any(held)
 
 
 def test_log_likelihoods_are_those_of_transformers(subject: Subject) -> None:

@@ -39,8 +39,8 @@ def attach(
     """
     if adapter.rank is None:
         return network
-    # Every rank must draw the same adapter.
-    with torch.random.fork_rng(), quiet_peft():
+    # Every rank must draw the same adapter, which is made on the CPU whatever GPUs there are.
+    with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
         try:
             return get_peft_model(
