@@ -154,7 +154,6 @@ def flat(name: str, interval: Interval) -> dict[str, float]:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def measured_parts(engine: Measuring, method: Method, groups: Sequence[Group]) -> Iterator[tuple[Part, dict[str, Any]]]:
     """Each micro-batch of this rank's share of some groups, with all its columns; every rank iterates alike."""
     places = range(len(groups))

@@ -117,7 +117,7 @@ def _metric(groups: Groups, asked: str | None) -> str:
     return max(comparison.METRICS, key=lambda name: count[name])
 
 
-def _values(sweep: Sweep, runs: Sequence[Run], metric: str) -> list[float]:
+def _values(runs: Sequence[Run], metric: str) -> list[float]:
     """A figure of each run that has it and where it is finite."""
     found = (float(str(run.figures[metric])) for run in runs if comparison.is_number(run, metric))
     return [value for value in found if math.isfinite(value)]
@@ -132,22 +132,22 @@ def _mean(values: Sequence[float]) -> float:
 
 def _verdicts(sweep: Sweep) -> list[Section]:
     found: list[Section] = []
-    means = {label: _mean(_values(sweep, runs, sweep.metric)) for label, runs in sweep.groups.items()}
+    means = {label: _mean(_values(runs, sweep.metric)) for label, runs in sweep.groups.items()}
     means = {label: value for label, value in means.items() if math.isfinite(value)}
     if means:
         best = (min if sweep.least else max)(means, key=lambda label: means[label])
-        seeds = len(_values(sweep, sweep.groups[best], sweep.metric))
+        seeds = len(_values(sweep.groups[best], sweep.metric))
         one = seeds == 1
         told = f"The {'least' if sweep.least else 'highest'} {called(sweep.metric)} is {_plain(means[best])}"
         if len(means) > 1:
             told += f", of {best}; {len(means)} configurations reach {_span(list(means.values()))}"
         luck = ": the best of many is partly luck" if len(means) > 2 else ""
         found.append(Verdict(f"{told}. It has {'one seed' if one else f'{seeds} seeds'}{luck}."))
-    fell = {label: _mean(_values(sweep, runs, FALL)) for label, runs in sweep.groups.items()}
+    fell = {label: _mean(_values(runs, FALL)) for label, runs in sweep.groups.items()}
     fell = {label: value for label, value in fell.items() if math.isfinite(value)}
     if fell:
         down = [label for label, value in fell.items() if value < 0]
-        shares = [_mean(_values(sweep, sweep.groups[label], SHARE)) for label in fell]
+        shares = [_mean(_values(sweep.groups[label], SHARE)) for label in fell]
         tone: Tone = "good" if not down else "bad" if len(down) == len(fell) else "warning"
         found.append(
             Verdict(
@@ -245,7 +245,7 @@ def _map(sweep: Sweep, runs: Sequence[Run], metric: str, down: str, across: str)
 
     def cell(row: str, column: str) -> float:
         own = [run for run in runs if run.settings.get(down) == row and run.settings.get(across) == column]
-        return _mean(_values(sweep, own, metric))
+        return _mean(_values(own, metric))
 
     return figures.Grid(rows=rows, columns=columns, values=[[cell(row, column) for column in columns] for row in rows])
 
@@ -280,7 +280,7 @@ def _frontier(sweep: Sweep) -> list[Section]:
     points: list[figures.Point] = []
     for runs in sweep.groups.values():
         settings = runs[0].settings
-        near, score = _mean(_values(sweep, runs, x)), _mean(_values(sweep, runs, sweep.metric))
+        near, score = _mean(_values(runs, x)), _mean(_values(runs, sweep.metric))
         series = f"{_name(by)} = {settings.get(by, comparison.ABSENT)}" if by else ""
         label = ", ".join(f"{_name(key)} {settings[key]}" for key in rest if key in settings)
         points.append(figures.Point(x=near, y=score, label=label, series=series))
@@ -326,7 +326,7 @@ def _over_k(sweep: Sweep) -> list[Section]:
     by: dict[tuple[str, ...], dict[float, float]] = {}
     for runs in sweep.groups.values():
         settings = runs[0].settings
-        score = _mean(_values(sweep, runs, sweep.metric))
+        score = _mean(_values(runs, sweep.metric))
         if K in settings and math.isfinite(score):
             place = tuple(settings.get(key, comparison.ABSENT) for key in others)
             by.setdefault(place, {})[float(settings[K])] = score
@@ -355,7 +355,7 @@ def _parallel(sweep: Sweep) -> list[Section]:
         own = [places[run.settings.get(key, comparison.ABSENT)] for run in runs]
         scales.append(figures.Scale(label=_name(key), values=own, ticks=values))
     for metric in dict.fromkeys((FALL, sweep.metric)):
-        column = [(_values(sweep, [run], metric) or [math.nan])[0] for run in runs]
+        column = [(_values([run], metric) or [math.nan])[0] for run in runs]
         if any(math.isfinite(value) for value in column):
             scales.append(figures.Scale(label=called(metric), values=column))
     svg = figures.parallel(scales, title="Every run through its settings", least=sweep.least)
