@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import yaml
+from enumerable import tuples
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -32,7 +33,6 @@ from align_cli.losses.remax import remax
 from align_cli.losses.rloo import rloo
 from align_cli.paths import conf
 from align_cli.rewards import contrastive
-from align_cli.verify.tables import tuples
 
 LENGTHS = torch.tensor([[3, 1, 5], [2, 5, 4]])
 MASK = torch.arange(5) < LENGTHS[..., None]

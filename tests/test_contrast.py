@@ -7,11 +7,11 @@ from itertools import product
 
 import pytest
 import torch
+from enumerable import tuples
 from torch import Tensor
 from torch.testing import assert_close
 
 from align_cli.rewards import contrastive
-from align_cli.verify.tables import tuples
 
 RATINGS = torch.tensor([[0.0, 1.0, 3.0], [5.0, 5.5, 9.0]], dtype=torch.float64)
 WITHIN = float(RATINGS.var(-1, correction=0).mean())

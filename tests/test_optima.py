@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from enumerable import optimise, tables_of, tuples
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -27,7 +28,7 @@ from align_cli.losses.nca import nca
 from align_cli.losses.robust_dpo import robust_dpo
 from align_cli.losses.sft import sft
 from align_cli.preferences import gap
-from align_cli.verify.tables import candidates, log_probabilities, optimise, random_parts, tables_of, tuples
+from align_cli.verify.tables import candidates, log_probabilities, random_parts
 
 KWise = Callable[..., Tensor]
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from enumerable import tuples
 from torch.testing import assert_close
 
 from align_cli.rewards import contrastive, given, hard, smoothed
-from align_cli.verify.tables import tuples
 
 RATINGS = torch.tensor([[1.0, 5.0, 3.0], [4.0, -2.0, 0.5], [0.1, 0.2, 0.3]], dtype=torch.float64)
 TIED = torch.tensor([[2.0, 2.0, 1.0], [3.0, 3.0, 3.0]], dtype=torch.float64)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from enumerable import tuples
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -25,7 +26,7 @@ from align_cli.divergences import (
 )
 from align_cli.losses import fdpg
 from align_cli.metrics import approximation
-from align_cli.verify.tables import log_probabilities, tuples
+from align_cli.verify.tables import log_probabilities
 
 DIVERGENCES = {
     "reverse_kl": reverse_kl(),
