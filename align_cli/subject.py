@@ -419,44 +419,27 @@ class Subject:
 
     # --- what it says of given responses
 
-    def log_likelihoods(self, pairs: Sequence[tuple[Prompt, str]], *, stopped: bool = True) -> list[float]:
-        """log π(response | prompt) of each pair: the sum over the response's tokens, nats.
-
-        Args:
-            stopped: whether the token that ends the response is one of them.
-        """
-        if self.is_reward_model:
-            raise UserError(f"{self.name}: a reward model has no likelihoods. A language model would be right.")
-        found: list[float] = []
-        for tokens, length in self._measured(pairs, "policy_tokens"):
-            found.append(float(tokens[: length if stopped else length - 1].double().sum()))
-        return found
-
     def scores(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """What the reward model gives to each (prompt, response).
+        """What the reward model gives to each (prompt, response); prompts with several responses are read once.
 
         Raises:
             UserError: it is no reward model.
         """
         if not self.is_reward_model:
             raise UserError(f"{self.name}: no reward model; one that algo=bradley_terry makes would be right.")
-        return [float(score) for score, _ in self._measured(pairs, "scores")]
-
-    def _measured(self, pairs: Sequence[tuple[Prompt, str]], column: str) -> list[tuple[torch.Tensor, int]]:
-        """A column's entry for each pair, with the length of its response; prompts with several are read once."""
         places: dict[str, list[int]] = {}
         for place, (prompt, _) in enumerate(pairs):
             places.setdefault(json.dumps(prompt), []).append(place)
         together = list(places.values())
         groups = self._groups([(pairs[same[0]][0], [pairs[place][1] for place in same]) for same in together])
-        found: dict[int, tuple[torch.Tensor, int]] = {}
-        for same, group, row in zip(together, groups, self.measure(groups, column), strict=True):
-            found |= dict(zip(same, zip(row, map(len, group.responses), strict=True), strict=True))
+        found: dict[int, float] = {}
+        for same, row in zip(together, self._scored(groups), strict=True):
+            found |= dict(zip(same, row.tolist(), strict=True))
         return [found[place] for place in range(len(pairs))]
 
     @torch.no_grad()
-    def measure(self, groups: Sequence[Group], column: str) -> list[torch.Tensor]:
-        """A column that `align_cli.models.causal.measure` gives, of each group, fp32 on the CPU: (K,) or (K, T)."""
+    def _scored(self, groups: Sequence[Group]) -> list[torch.Tensor]:
+        """The scores of each group's responses, (K,), fp32 on the CPU."""
         longest = max((len(each.prompt) + max(map(len, each.responses)) for each in groups), default=0)
         self._refuse_long(longest, "a prompt with its response")
         lengths = self.manner.lengths(Measured.of(groups))
@@ -465,7 +448,7 @@ class Subject:
         with terminal.counter() as progress:
             for done, part in enumerate(parts, start=1):
                 batch = self.manner.flatten([groups[index] for index in part.groups]).to(self.device)
-                measured = causal.measure(self.model, batch, self.manner)[column].float().cpu()
+                measured = causal.measure(self.model, batch, self.manner)["scores"].float().cpu()
                 found |= dict(zip(part.groups, measured, strict=True))
                 progress("measuring", done, len(parts))
         return [found[index] for index in range(len(groups))]

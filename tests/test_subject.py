@@ -157,25 +157,15 @@ def test_memory_that_is_short_halves_the_batch(
     assert held and not any(held)
 
 
-def test_log_likelihoods_are_those_of_transformers(subject: Subject) -> None:
-    pairs = [("12+30=", "2+0=2 #42"), ("7+8=", "#15"), ("12+30=", "hmm")]
-    for stopped in (True, False):
-        found = subject.log_likelihoods(pairs, stopped=stopped)
-        for (prompt, response), value in zip(pairs, found, strict=True):
-            ids = np.array(subject.tokenizer(response, add_special_tokens=False)["input_ids"], dtype=np.int32)
-            given = np.array(subject.tokenizer(prompt)["input_ids"], dtype=np.int32)
-            ids = np.append(ids, subject.tokenizer.convert_tokens_to_ids("</s>")) if stopped else ids
-            group = Group(0, given, (ids.astype(np.int32),), np.zeros(1, dtype=np.float32), "")
-            assert value == pytest.approx(small_runs.logprobs(Path(subject.path), group)[0], abs=1e-4)
-
-
-def test_the_sampler_s_log_probability_is_the_measured_one(subject: Subject) -> None:
+def test_the_sampler_s_log_probability_is_that_of_transformers(subject: Subject) -> None:
+    prompts = subject.encode(PROMPTS)
+    given = {"temperature": 1.0, "max_new_tokens": 60, "stop": [], "stops": []}
     for prompt, samples in zip(
-        PROMPTS, subject.sample(PROMPTS, samples=2, temperature=1.0, max_new_tokens=60), strict=True
+        prompts, subject.draw([each.tolist() for each in prompts], samples=2, **given), strict=True
     ):
-        for each in samples:
-            if each.ended and len(each.text) + 1 == each.tokens:  # no other special token is among them
-                assert subject.log_likelihoods([(prompt, each.text)])[0] == pytest.approx(each.logprob, abs=1e-3)
+        responses = tuple(np.array(each.tokens, dtype=np.int32) for each in samples)
+        told = small_runs.logprobs(Path(subject.path), Group(0, prompt, responses, np.zeros(2, dtype=np.float32), ""))
+        assert [each.logprob for each in samples] == pytest.approx(told, abs=1e-3)
 
 
 def test_what_a_model_cannot_do_is_said_in_a_sentence(subject: Subject) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import small_runs
 from scripted_subject import options_of, subject_of
 
+from align_cli.data.store import Group
 from align_cli.errors import UserError
 from align_cli.evals import Result
 from align_cli.evals.harness import arguments, harness, result_of
@@ -134,12 +137,14 @@ def test_a_chat_reaches_the_model_as_messages(reader_model: Path, tasks: Path) -
 
 
 def test_choices_are_compared_by_their_likelihoods(reader_model: Path, tasks: Path) -> None:
-    """The best of three by the subject's own measure."""
+    """The best of three as transformers alone measures them."""
     result = ask(reader_model, tasks, "align_chosen", template="text", limit=6)
     subject = subject_of(reader_model)
     for item in result.items:
-        pairs = [(item.shown["prompt"], each) for each in (" yes", " no", " perhaps")]
-        told = subject.log_likelihoods(pairs, stopped=False)
+        [prompt] = subject.encode([item.shown["prompt"]])
+        read = subject.tokenizer([" yes", " no", " perhaps"], add_special_tokens=False)["input_ids"]
+        choices = tuple(np.array(ids, dtype=np.int32) for ids in read)
+        told = small_runs.logprobs(reader_model, Group(0, prompt, choices, np.zeros(3, dtype=np.float32), ""))
         assert item.values["acc"] == float(max(told) == told[1])
 
 
