@@ -166,16 +166,7 @@ def rewards(rate: Rater, asked: Asked, found: Sequence[Sequence[Response]]) -> l
     Raises:
         RunError: one has no rating.
     """
-    groups = [
-        Group(
-            group.index,
-            group.prompt,
-            tuple(np.array(each.tokens, dtype=np.int32) for each in own),
-            np.zeros(len(own), np.float32),
-            group.where,
-        )
-        for group, own in zip(asked.groups, found, strict=True)
-    ]
+    groups = [prompts.answered(group, own) for group, own in zip(asked.groups, found, strict=True)]
     told: list[list[float]] = []
     for each in rate(groups):
         if isinstance(each, Unrated):

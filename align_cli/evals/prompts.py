@@ -162,18 +162,20 @@ def drawn(subject: Subject, asked: HeldOut, *, samples: int, temperature: float,
     found = subject.draw(
         prompts, samples=samples, temperature=temperature, max_new_tokens=most, stop=[], stops=[asked.stop]
     )
-    groups = [
-        Group(
-            index=group.index,
-            prompt=group.prompt,
-            responses=tuple(np.array(each.tokens, dtype=np.int32) for each in responses),
-            ratings=np.zeros(len(responses), dtype=np.float32),
-            where=group.where,
-        )
-        for group, responses in zip(asked.groups, found, strict=True)
-    ]
+    groups = [answered(group, responses) for group, responses in zip(asked.groups, found, strict=True)]
     prompt_texts, texts = written(subject, groups)
     return Drawn(groups, found, prompt_texts, texts, most)
+
+
+def answered(group: Group, responses: Sequence[Response]) -> Group:
+    """The prompt of a group with these responses, which nobody has rated."""
+    return Group(
+        index=group.index,
+        prompt=group.prompt,
+        responses=tuple(np.array(each.tokens, dtype=np.int32) for each in responses),
+        ratings=np.zeros(len(responses), dtype=np.float32),
+        where=group.where,
+    )
 
 
 def written(subject: Subject, groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
