@@ -24,6 +24,7 @@ from align_cli.metrics import by_samples
 from align_cli.ranges import Count
 from align_cli.surrogates import ratio
 
+UPDATES = "proposal/updates"  # how often f-DPG has renewed what it draws from
 SEEN: tuple[str, ...] = ("proposal", "policy", "prompts", "weights", "squares")  # sums over samples
 
 
@@ -116,7 +117,7 @@ class Proposal:
             if self.window["policy"] < self.window["proposal"]:
                 self._renew()
             self.steps, self.window = 0, dict.fromkeys(SEEN, 0.0)
-        return {**found, "proposal/updates": float(self.updates)}
+        return {**found, UPDATES: float(self.updates)}
 
     @torch.no_grad()
     def _renew(self) -> None:

@@ -3,8 +3,10 @@
 A program reads texts, a reward model the tokens themselves.
 """
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Annotated, Literal, Protocol
 
@@ -62,6 +64,18 @@ class Unrated:
     """
 
     why: str
+
+
+def load(scorer: Scorer) -> None:
+    """Have a scorer load what it needs: `_load_<name>` beside it is called with its options, where there is one.
+
+    Raises:
+        UserError: what it needs is not there.
+    """
+    function, given = (scorer.func, scorer.keywords) if isinstance(scorer, partial) else (scorer, {})
+    loader = vars(importlib.import_module(function.__module__)).get(f"_load_{function.__name__}")
+    if loader is not None:
+        loader(**given)
 
 
 class Rater(Protocol):

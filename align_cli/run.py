@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from align_cli import assembly, cache, config, distributed, evaluate, paths, rundir, scorers, summaries, terminal, world
+from align_cli import assembly, cache, config, distributed, evaluate, paths, raters, rundir, summaries, terminal, world
 from align_cli.assembly import Prepared, build_engine, build_methods, build_proposal, build_source
 from align_cli.checkpoints import Checkpoint, Checkpoints
 from align_cli.data import toy
@@ -24,6 +24,7 @@ from align_cli.method import Method
 from align_cli.models.causal import load_tokenizer, positions, read_architecture
 from align_cli.models.scalar import classifier, is_reward_model
 from align_cli.precision import Arithmetic, choose_for
+from align_cli.proposal import UPDATES
 from align_cli.raters import FromModel, Models, Scorer
 from align_cli.references import Say, rows, weights_digest
 from align_cli.rundir import Scalar
@@ -74,7 +75,7 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
         if experiment.data.path == "world":
             experiment = replace(experiment, data=replace(experiment.data, path=str(made.samples)))
     for scorer in programs(experiment):
-        scorers.load(scorer)
+        raters.load(scorer)
     tokenizer = load_tokenizer(experiment.model)
     if experiment.reference.path is not None:
         try:
@@ -285,7 +286,7 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
             _export(prepared, engine, run_dir / "model")
             counters = {} if cached is None else cached.counters()
             if proposal is not None:
-                counters[summaries.UPDATES] = proposal.updates
+                counters[UPDATES] = proposal.updates
             sampled = isinstance(source, Rollout)
             summary = summaries.summary(progress, after, counters, device, sampled=sampled)
             if distributed.rank() == 0:

@@ -1,6 +1,8 @@
 """The `scorer` group: what a program says of a sampled response, from the texts of prompt and response.
 
 A score becomes the response's rating; the `reward` and `target` groups make of it what an algorithm learns from.
+`_load_<name>` beside a scorer takes its options and loads what it needs, before anything else is loaded
+(`align_cli.raters.load`).
 """
 
 import importlib
@@ -8,7 +10,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,6 +86,10 @@ def _guide(max_line_length: int, ignore: tuple[str, ...]) -> Any:
     return library.StyleGuide(reporter=library.BaseReport, max_line_length=max_line_length, **chosen)
 
 
+def _load_pycodestyle(*, max_line_length: int, ignore: list[str]) -> None:
+    _guide(max_line_length, tuple(ignore))
+
+
 def entities(prompt: str, response: str, *, model: NotEmpty, fewest: Count) -> float:
     """The share of the different named entities in the response that the prompt names, too; in any case.
 
@@ -119,6 +125,10 @@ def _pipeline(model: str) -> Callable[[str], Any]:
     return pipeline
 
 
+def _load_entities(*, model: str, fewest: int) -> None:
+    _pipeline(model)
+
+
 def _library(name: str, scorer: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -126,16 +136,6 @@ def _library(name: str, scorer: str) -> Any:
         raise UserError(
             f"scorer={scorer}: {error.name} is not installed; pip install 'align-cli[scorers]' brings it."
         ) from error
-
-
-def load(scorer: Callable[[str, str], float]) -> None:
-    """Have a scorer load what it needs beside this package, before anything else is loaded.
-
-    Raises:
-        UserError: it is not there.
-    """
-    if isinstance(scorer, partial) and scorer.func in (pycodestyle, entities):
-        scorer("", "")  # the first call loads
 
 
 def addition(prompt: str, response: str) -> float:

@@ -14,13 +14,13 @@ from align_cli.columns import GLOSSARY
 from align_cli.evaluate import ENOUGH, OF_Z, Graded, flat, graded_figures
 from align_cli.experiment import Experiment, producers, sizes
 from align_cli.method import Method
+from align_cli.proposal import UPDATES
 from align_cli.references import COUNTERS
 from align_cli.rundir import Scalar
 from align_cli.sources import FromPolicy
 from align_cli.statistics import Interval
 from align_cli.train import Progress
 
-UPDATES = "proposal/updates"  # how often f-DPG has renewed what it draws from
 MANY = 16  # responses of a prompt, at most, where the configuration does not say how many
 
 

@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 from small_runs import align, overrides
 
-from align_cli import scorers
+from align_cli import config, raters, scorers
 from align_cli.errors import UserError
 
 CLEAN = "def add(a, b):\n    return a + b\n"
 STYLE: dict[str, Any] = {"max_line_length": 79, "ignore": ["W503"]}
+LISTED = """
+LOADED = {}
+
+def listed(prompt: str, response: str, *, words: str) -> float:
+    return float(response in LOADED[words])
+
+def _load_listed(*, words: str) -> None:
+    LOADED[words] = words.split(",")
+"""
 SAMPLED = ("algo=rloo", "source=rollout", "source.samples=2", "source.max_new_tokens=4", "train.steps=1")
 
 
@@ -72,6 +81,23 @@ def test_a_library_that_is_not_installed_is_named_before_anything_is_loaded(
     told = " ".join(capsys.readouterr().err.split())
     assert f"scorer={scorer}: {library} is not installed; pip install 'align-cli[scorers]' brings it." in told
     assert "self-test" not in told
+
+
+def test_a_scorer_loads_what_it_needs_and_loading_it_is_no_scorer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_lists").mkdir()
+    (tmp_path / "of_lists" / "__init__.py").touch()
+    (tmp_path / "of_lists" / "scorers.py").write_text(LISTED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(config, "_plugins", ["of_lists"])
+    listed = config.find("align_cli.scorers", "listed", "scorer")
+    raters.load(partial(listed, words="a,b"))
+    assert listed("", "b", words="a,b") == 1
+    raters.load(scorers.compiles)
+    for name in ("load", "load_listed", "_load_listed"):
+        with pytest.raises(UserError):
+            config.find("align_cli.scorers", name, "scorer")
 
 
 # --- named entities

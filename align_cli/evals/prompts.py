@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align_cli import config, experiment, paths, rundir, scorers, terminal
+from align_cli import config, experiment, paths, raters, rundir, terminal
 from align_cli.config import Tree
 from align_cli.data.options import Data
 from align_cli.data.store import Group, Store
@@ -230,7 +230,7 @@ def rater(subject: Subject, section: Tree) -> Rater:
     """
     scorer = scorer_in(section)
     if not isinstance(scorer, Models):
-        scorers.load(scorer)
+        raters.load(scorer)
         return ByProgram(scorer, subject.tokenizer)
     members = [_reward_model(subject, path) for path in scorer.paths]
     if not isinstance(scorer, FromEnsemble):
