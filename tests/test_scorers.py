@@ -143,13 +143,13 @@ def test_a_model_that_is_missing_broken_or_blind_is_named(spacy: Any, tmp_path: 
     with pytest.raises(
         UserError, match=r"entities model=en_none: spaCy has no such model .* -m spacy download en_none"
     ):
-        scorers.load(partial(named, model="en_none"))
+        raters.load(partial(named, model="en_none"))
     with pytest.raises(UserError, match="spaCy cannot read it: "):
-        scorers.load(partial(named, model=str(tmp_path)))
+        raters.load(partial(named, model=str(tmp_path)))
     blind = tmp_path / "blind"
     spacy.blank("en").to_disk(blind)
     with pytest.raises(UserError, match=r"none of its parts \(it has none\) finds entities"):
-        scorers.load(partial(named, model=str(blind)))
+        raters.load(partial(named, model=str(blind)))
 
 
 def test_a_folder_with_the_name_of_a_package_runs_none_of_it(
@@ -158,7 +158,7 @@ def test_a_folder_with_the_name_of_a_package_runs_none_of_it(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wandb").mkdir()
     with pytest.raises(UserError, match=r"model=wandb: spaCy cannot read it: .*meta\.json"):
-        scorers.load(partial(scorers.entities, model="wandb", fewest=1))
+        raters.load(partial(scorers.entities, model="wandb", fewest=1))
 
 
 def test_a_run_learns_from_entities(namer: str, tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
