@@ -23,6 +23,9 @@ def settle() -> None:
         _keep_freed_memory()
     # oneDNN keeps a third of a megabyte for every shape of product that it has met, and rows of any length have many.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    # Rows of any length leave gaps in a GPU's memory that no later row fits into, unless blocks can grow.
+    if not any(f"PYTORCH_{name}ALLOC_CONF" in os.environ for name in ("", "CUDA_", "HIP_")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _keep_freed_memory() -> None:

@@ -14,6 +14,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from align_cli import process
+
+if __name__ == "__main__":
+    process.settle()  # before torch, which the modules below import
+
 from align_cli import cache, config, distributed, exits, paths, rundir, terminal
 from align_cli.checkpoints import committed
 from align_cli.errors import Stopped, UserError

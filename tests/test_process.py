@@ -28,6 +28,26 @@ def test_memory_comes_in_large_pages_unless_the_user_says_otherwise() -> None:
     assert told(pages, THP_MEM_ALLOC_ENABLE="0") == "0"
 
 
+def test_blocks_of_a_gpu_grow_unless_the_user_says_otherwise() -> None:
+    grows = f"{SETTLE}; import os; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    assert told(grows) == "expandable_segments:True"
+    assert told(grows, PYTORCH_ALLOC_CONF="max_split_size_mb:128") == "max_split_size_mb:128"
+    assert told(grows, PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:128") == "None"
+
+
+RANK = """
+import runpy, sys
+from align_cli import process
+process.settle = lambda: print("settled before torch" if "torch" not in sys.modules else "settled too late")
+runpy.run_module("align_cli.worker", run_name="__main__")
+"""
+
+
+def test_a_rank_settles_before_torch_is_imported() -> None:
+    ended = subprocess.run([sys.executable, "-c", RANK], capture_output=True, text=True)
+    assert ended.stdout == "settled before torch\n" and "usage" in ended.stderr
+
+
 FREED = f"""
 {SETTLE}
 import ctypes
