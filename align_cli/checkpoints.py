@@ -121,7 +121,8 @@ class Checkpoints:
             yield folder
             if distributed.rank() == 0:
                 (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
-        names = distributed.gather(_files(folder))[0]
+        # What another node has just written may be missing in a network file system's listing, so all ranks look.
+        names = sorted({name for seen in distributed.gather(_files(folder)) for name in seen})
         mine: list[tuple[str, int, str]] = []
         with self._together(step, folder):
             mine = [_seal(folder, name) for name in _share(names)]

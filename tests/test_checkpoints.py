@@ -231,9 +231,12 @@ RANKS = """
 import sys
 from pathlib import Path
 import torch.distributed as dist
-from align_cli import distributed
+from align_cli import checkpoints, distributed
 from align_cli.checkpoints import CheckpointError, Checkpoints
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+if rank == 0:  # as on a network file system, where a listing lags behind what other nodes write
+    listed = checkpoints._files
+    checkpoints._files = lambda folder: [name for name in listed(folder) if name != "rank_1.bin"]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 store = Checkpoints(folder / "checkpoints", keep=2)
 for step in (1, 2):
