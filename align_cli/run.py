@@ -19,7 +19,7 @@ from align_cli.data.store import prepare as prepare_data
 from align_cli.engine import Engine
 from align_cli.errors import RunError, Stopped, UserError
 from align_cli.evaluate import evaluate_loss, evaluate_samples
-from align_cli.experiment import Experiment, read
+from align_cli.experiment import Experiment, read, shape_of, terms
 from align_cli.method import Method
 from align_cli.models.causal import load_tokenizer, positions, read_architecture
 from align_cli.models.scalar import classifier, is_reward_model
@@ -242,6 +242,7 @@ def run(prepared: Prepared, run_dir: Path) -> dict[str, Scalar]:
     precision = _precision(prepared, device, progress)
     experiment = _with_precision(prepared.experiment, precision)
     prepared = replace(prepared, experiment=experiment)
+    _warn_of_little_memory(experiment, device)
     engine = build_engine(experiment, device)
     inputs = _inputs(prepared, engine)
     if latest is not None:
@@ -331,6 +332,23 @@ def _precision(prepared: Prepared, device: torch.device, progress: Progress) -> 
 def _with_precision(experiment: Experiment, choice: Arithmetic) -> Experiment:
     torch.set_float32_matmul_precision(choice.products)
     return replace(experiment, engine=replace(experiment.engine, precision=choice.precision))
+
+
+def _warn_of_little_memory(experiment: Experiment, device: torch.device) -> None:
+    """Say where other programs leave a rank less of its GPU than the run needs; every rank calls it."""
+    if device.type != "cuda":
+        return
+    free = distributed.gather(torch.cuda.mem_get_info(device)[0])
+    try:
+        needed = sum(terms(experiment, shape_of(experiment)).values())
+    except UserError:  # its memory cannot be planned
+        return
+    short = [rank for rank, left in enumerate(free) if left < needed]
+    if short and distributed.rank() == 0:
+        terminal.warn(
+            f"memory is short: {min(free) / 1e9:.1f} GB of a GPU are free and the plan needs {needed / 1e9:.1f} "
+            f"(rank {', '.join(map(str, short))}). Is another program on it?"
+        )
 
 
 def _inputs(prepared: Prepared, engine: Engine) -> dict[str, str]:

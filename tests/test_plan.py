@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align_cli import config, experiment, memory
+from align_cli import config, experiment, memory, run
 from align_cli.cli import dispatch
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
@@ -117,6 +117,17 @@ def test_four_bits_are_for_the_linear_layers_and_come_with_scales() -> None:
     # Mistral 7B: q, o (4096 x 4096), k, v (1024 x 4096), gate, up, down (14336 x 4096); not embeddings, head and norms
     linear = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     assert saved[0] - saved[1] == linear * (2 - 4 / 8 - 4 / 64)  # blocks of 64 share a scale in fp32
+
+
+def test_a_gpu_that_another_program_is_on_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = checked(*THE_COMMAND, *GPU)  # 60 of 80 GB
+    for free, words in ((70, ""), (40, "40.0 GB of a GPU are free and the plan needs")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * 10**9, 80 * 10**9))
+        run._warn_of_little_memory(planned, torch.device("cuda", 0))
+        told = capsys.readouterr().err
+        assert words in told.replace("\n", " ") and bool(told) == bool(words)
 
 
 def test_the_plan_takes_less_than_ten_seconds_of_a_fresh_process() -> None:
