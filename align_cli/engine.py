@@ -29,6 +29,8 @@ from align_cli.ranges import Count, Fraction, NonNegative, Positive
 Network = PreTrainedModel | PeftModel
 
 NEVER = 1e30  # a norm that no gradient reaches
+BUCKET = 50_000_000  # elements of gradients that DeepSpeed sums over ranks at a time
+LIVE = 300_000_000  # weights that ZeRO-3 may hold whole, beyond those of the layer at work
 
 
 def gpu_dtype() -> torch.dtype:
@@ -260,6 +262,9 @@ def deepspeed_config(
             "stage": options.stage,
             "overlap_comm": device.type == "cuda" and options.stage in (2, 3),
             "contiguous_gradients": True,
+            "reduce_bucket_size": BUCKET,
+            "stage3_max_live_parameters": LIVE,
+            "stage3_max_reuse_distance": LIVE,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

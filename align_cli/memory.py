@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from align_cli.engine import EngineOptions
+from align_cli.engine import BUCKET, LIVE, EngineOptions
 from align_cli.errors import UserError
 from align_cli.models import recompute
 from align_cli.models.adapters import Adapter, attach
@@ -206,8 +206,10 @@ def per_device(
         terms["reward model" if raters == 1 else "reward models"] = raters * shape.parameters * size / weight_share
     if proposal:
         terms["proposal"] = shape.trained * size / weight_share
+    if gpu and (stage >= 2 or (stage == 1 and dtype == torch.float32)):  # in bf16 stage 1 sums in place
+        terms["buckets of gradients"] = BUCKET * size * (2 if stage == 2 else 1)
     if stage == 3:
-        terms["gathered layers"] = 2 * shape.parameters / shape.layers * size
+        terms["gathered layers"] = max(2 * shape.parameters / shape.layers, min(LIVE, shape.parameters)) * size
         if 1 < node < ranks and not (frozen_reference or raters or proposal):
             terms["a node's copy of the weights"] = weights / node
     return terms

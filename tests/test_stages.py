@@ -204,14 +204,28 @@ def test_precision_follows_what_the_gpu_computes_in(
 # --- hpZ
 
 
-def config_of(stage: str, *, alone: bool = True) -> dict[str, Any]:
+def config_of(stage: str, *, alone: bool = True, device: str = "cpu") -> dict[str, Any]:
     options = EngineOptions(**config.compose("train", [f"engine={stage}"])["engine"])
     optimizer = Optimizer(**config.compose("train", [])["optimizer"])
-    return engine.deepspeed_config(options, optimizer, torch.device("cpu"), alone=alone)
+    return engine.deepspeed_config(options, optimizer, torch.device(device), alone=alone)
 
 
 def zero_of(stage: str, *, alone: bool = True) -> dict[str, Any]:
     return config_of(stage, alone=alone)["zero_optimization"]
+
+
+@pytest.mark.parametrize("stage, buckets", [("zero1", 0), ("zero2", 2), ("zero3", 1)])
+def test_what_deepspeed_may_hold_beside_the_weights_is_planned(
+    stage: str, buckets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # whatever its kind is: a plan is for bf16
+    zero = config_of(stage, device="cuda")["zero_optimization"]
+    assert zero["overlap_comm"] == (stage != "zero1")  # under stage 2 a bucket fills while another is summed
+    small = read(["algo=nca", "model=gpt2_large", "data=ultrafeedback", *GPU, f"engine={stage}"])
+    terms = experiment.terms(small, memory.shape(small.model, small.adapter))
+    assert terms.get("buckets of gradients", 0) == buckets * zero["reduce_bucket_size"] * 2
+    if stage == "zero3":  # two of its 36 layers are less than this
+        assert terms["gathered layers"] == zero["stage3_max_live_parameters"] * 2
 
 
 @pytest.mark.parametrize("stage", ["zero0", *STAGES])
