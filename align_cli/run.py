@@ -439,6 +439,18 @@ def _introduce(prepared: Prepared, engine: Engine, run_dir: Path, progress: Prog
         f"{of} optimizer steps of {prompts} prompts ({size}, at most {experiment.engine.micro_tokens:,} tokens at a "
         f"time), {len(store)} prompts in all; {going}; output in {run_dir}"
     )
+    if (slow := _slow_sampling(experiment)) is not None:
+        terminal.say(slow)
+
+
+def _slow_sampling(experiment: Experiment) -> str | None:
+    """What is worth saying of a run that samples from weights that lie in parts on the ranks."""
+    if not isinstance(experiment.source, FromPolicy) or experiment.engine.stage != 3:
+        return None
+    return (
+        "engine=zero3 gathers all weights for each token that is sampled, and every rank samples every response; "
+        "engine=zero2, where it fits, samples each response once and gathers nothing"
+    )
 
 
 def _export(prepared: Prepared, engine: Engine, folder: Path) -> None:

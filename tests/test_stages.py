@@ -16,7 +16,7 @@ from small_runs import align, largest_difference, losses, overrides, read, weigh
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from align_cli import config, distributed, engine, experiment, memory, rundir
+from align_cli import config, distributed, engine, experiment, memory, run, rundir
 from align_cli.engine import EngineOptions, Optimizer
 from align_cli.errors import UserError
 from align_cli.experiment import Experiment
@@ -151,6 +151,19 @@ def test_what_no_stage_can_hold_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
     assert align("plan", *given) == 1
     assert "no stage needs less" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "algo, stage, told",
+    [
+        (["rloo", "scorer=compiles"], "zero3", True),
+        (["rloo", "scorer=compiles"], "zero2", False),
+        (["nca"], "zero3", False),
+    ],
+)
+def test_a_run_says_that_sampling_from_partitioned_weights_is_slow(algo: list[str], stage: str, told: bool) -> None:
+    given = [f"algo={algo[0]}", *algo[1:], "model=mistral7b", "data=ultrafeedback", *GPU, f"engine={stage}"]
+    assert bool(run._slow_sampling(read(given))) == told
 
 
 # --- bfloat16
