@@ -75,6 +75,12 @@ def tracked() -> set[str]:
     return shipped("conf") | shipped("recipes")
 
 
+def test_a_wheel_says_that_it_is_typed(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        assert "align_cli/py.typed" in file.namelist()
+    assert "Typing :: Typed" in PROJECT["classifiers"]
+
+
 def test_a_wheel_carries_the_configuration_and_the_recipes(wheel: Path, tracked: set[str]) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
