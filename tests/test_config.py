@@ -13,6 +13,7 @@ from small_runs import align, overrides, read
 
 from align_cli import config, experiment, paths, rundir, worker
 from align_cli.errors import UserError
+from align_cli.experiment import Experiment
 
 GROUPS = config.group_names()
 GIVEN = {"hf": ["model.path=x"], "file": ["data.path=x"]}
@@ -32,38 +33,39 @@ def compose(*chosen: str) -> config.Tree:
     return config.compose("train", [*chosen, *more, "run.dir=run"])
 
 
-def reads_or_says_why(*chosen: str) -> None:
-    """The choice passes the check, or is refused for stated reasons whose remedies pass it."""
+def reads_or_says_why(*chosen: str) -> Experiment:
+    """The choice passes the check, or is refused for stated reasons whose remedies pass it; what it describes."""
     more = [given for choice in chosen for given in GIVEN.get(choice.partition("=")[2], [])]
     given = [*chosen, *more, "run.dir=run"]
     for _ in REASONS:
         try:
-            read(given)
-            return
+            return read(given)
         except UserError as error:
             told = str(error).splitlines()
             remedies = [remedy for line in told for reason, remedy in REASONS.items() if reason in line]
             if len(remedies) != len(told):
                 raise
             given = [*given, *(override for remedy in remedies for override in remedy)]
-    read(given)
+    return read(given)
 
 
 @pytest.mark.parametrize("algo", GROUPS["algo"])
 def test_every_algorithm_composes_with_every_dataset(algo: str) -> None:
     for data in GROUPS["data"]:
-        reads_or_says_why(f"algo={algo}", "model=hf", f"data={data}")
+        assert reads_or_says_why(f"algo={algo}", "model=hf", f"data={data}").algorithm == algo
 
 
 @pytest.mark.parametrize("model", GROUPS["model"])
 def test_every_model_composes_with_data_of_each_kind(model: str) -> None:
     for data in ("file", "toy", "ultrafeedback", "ultrainteract"):
-        reads_or_says_why(f"model={model}", f"data={data}")
+        checked = reads_or_says_why(f"model={model}", f"data={data}")
+        assert (checked.model.name, checked.data.name) == (model, data)
 
 
 @pytest.mark.parametrize("algo, model", list(product(GROUPS["algo"], ["mistral7b", "tiny"])))
 def test_every_algorithm_composes_with_a_model_s_usual_data(algo: str, model: str) -> None:
-    reads_or_says_why(f"algo={algo}", f"model={model}")
+    checked = reads_or_says_why(f"algo={algo}", f"model={model}")
+    assert (checked.algorithm, checked.model.name) == (algo, model)
 
 
 @pytest.mark.parametrize("group", ["adapter", "engine", "launch", "reference", "reward", "track", "divergence"])
