@@ -433,13 +433,13 @@ class Subject:
         together = list(places.values())
         groups = self._groups([(pairs[same[0]][0], [pairs[place][1] for place in same]) for same in together])
         found: dict[int, float] = {}
-        for same, row in zip(together, self._scored(groups), strict=True):
+        for same, row in zip(together, self.measure(groups, "scores"), strict=True):
             found |= dict(zip(same, row.tolist(), strict=True))
         return [found[place] for place in range(len(pairs))]
 
     @torch.no_grad()
-    def _scored(self, groups: Sequence[Group]) -> list[torch.Tensor]:
-        """The scores of each group's responses, (K,), fp32 on the CPU."""
+    def measure(self, groups: Sequence[Group], column: str) -> list[torch.Tensor]:
+        """A column that `align_cli.models.causal.measure` gives, of each group, fp32 on the CPU: (K,) or (K, T)."""
         longest = max((len(each.prompt) + max(map(len, each.responses)) for each in groups), default=0)
         self._refuse_long(longest, "a prompt with its response")
         lengths = self.manner.lengths(Measured.of(groups))
@@ -448,7 +448,7 @@ class Subject:
         with terminal.counter() as progress:
             for done, part in enumerate(parts, start=1):
                 batch = self.manner.flatten([groups[index] for index in part.groups]).to(self.device)
-                measured = causal.measure(self.model, batch, self.manner)["scores"].float().cpu()
+                measured = causal.measure(self.model, batch, self.manner)[column].float().cpu()
                 found |= dict(zip(part.groups, measured, strict=True))
                 progress("measuring", done, len(parts))
         return [found[index] for index in range(len(groups))]
