@@ -46,12 +46,12 @@ def matches(prompt: str, response: str, *, pattern: Pattern) -> float:
     return float(re.search(pattern, response) is not None)
 
 
-def compiles(prompt: str, response: str) -> float:
-    """1 where prompt and response together compile as a Python program, else 0; nothing is run."""
+def compiles(prompt: str, response: str, *, with_prompt: bool) -> float:
+    """1 where a Python program compiles, prompt and response together or the response alone, else 0; nothing is run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but legal programs
-            compile(prompt + response, "response", "exec", dont_inherit=True)
+            compile(prompt * with_prompt + response, "response", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a null character
         return 0.0
     return 1.0

@@ -187,7 +187,7 @@ def failing(prompt: str, response: str) -> float:
 
 
 failing.__module__ = scorers.__name__
-TOLERANT = ("scorer=compiles", "source.bad_ratings=0.9", "train.steps=null", "train.prompts=6")
+TOLERANT = ("scorer=right_addition", "source.bad_ratings=0.9", "train.steps=null", "train.prompts=6")
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ TOLERANT = ("scorer=compiles", "source.bad_ratings=0.9", "train.steps=null", "tr
 def test_a_run_goes_without_prompts_that_cannot_be_rated_and_counts_them(
     case: list[str], model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorers, "compiles", failing)
-    tilted = ["target.features.low={scorer: compiles, moment: 0.3}"] if "target=exponential" in case else []
+    monkeypatch.setattr(scorers, "right_addition", failing)
+    tilted = ["target.features.low={scorer: right_addition, moment: 0.3}"] if "target=exponential" in case else []
     given = overrides(model, rows, tmp_path / "run", *case, *tilted, *ONLINE, *TOLERANT)
     prepared = run.prepare(read(given), lambda text: None)
     texts: list[list[Any]] = [
@@ -224,7 +224,7 @@ def test_a_run_goes_without_prompts_that_cannot_be_rated_and_counts_them(
 def test_no_failure_is_tolerated_unless_it_is_asked_for_and_never_a_step_of_nothing(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(scorers, "compiles", failing)
+    monkeypatch.setattr(scorers, "right_addition", failing)
     given = [*ONLINE, *TOLERANT]
     assert align("train", *overrides(model, rows, tmp_path / "run", "algo=rloo", *given, "source.bad_ratings=0")) == 1
     assert "failed with ZeroDivisionError: float division by zero; on a response to" in capsys.readouterr().err
@@ -279,11 +279,13 @@ def test_scorers_of_words_patterns_and_programs() -> None:
     assert scorers.contains("", "a (b) c", words=["(b)"]) == 1
     assert scorers.matches("", "hmm", pattern="^hm+$") == 1
     assert scorers.matches("", "ahmm", pattern="^hm+$") == 0
-    assert scorers.compiles("def f(x):\n", "    return x\n") == 1
-    assert scorers.compiles("def f(x):\n", "return x\n") == 0
-    assert scorers.compiles("", "return 1\n") == 0
-    assert scorers.compiles("", "\0") == 0
-    assert scorers.compiles("", "(" * 5000) == 0
+    assert scorers.compiles("def f(x):\n", "    return x\n", with_prompt=True) == 1
+    assert scorers.compiles("def f(x):\n", "return x\n", with_prompt=True) == 0
+    assert scorers.compiles("1 + ", "1 # two", with_prompt=False) == scorers.compiles("(", "1", with_prompt=False) == 1
+    for response in ("return 1\n", "\0", "(" * 5000):
+        assert (
+            scorers.compiles("", response, with_prompt=True) == scorers.compiles("", response, with_prompt=False) == 0
+        )
     assert scorers.right_addition("12+30=", "2+0=2 1+3=4 #42") == 1
     assert scorers.right_addition("12+30=", "#41") == 0
 
