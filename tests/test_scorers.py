@@ -94,7 +94,7 @@ def test_a_scorer_loads_what_it_needs_and_loading_it_is_no_scorer(
     listed = config.find("align_cli.scorers", "listed", "scorer")
     raters.load(partial(listed, words="a,b"))
     assert listed("", "b", words="a,b") == 1
-    raters.load(scorers.compiles)
+    raters.load(scorers.right_addition)
     for name in ("load", "load_listed", "_load_listed"):
         with pytest.raises(UserError):
             config.find("align_cli.scorers", name, "scorer")
