@@ -51,7 +51,7 @@ def compiles(prompt: str, response: str, *, with_prompt: bool) -> float:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but legal programs
-            compile(prompt * with_prompt + response, "response", "exec", dont_inherit=True)
+            compile((prompt if with_prompt else "") + response, "response", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a null character
         return 0.0
     return 1.0
