@@ -190,27 +190,35 @@ class _Halt(Exception):
 class _Gate:
     """When the next request may go out: a server that asks to wait is left alone by every thread."""
 
-    until: float = 0.0  # on the monotonic clock
+    until: float = 0.0  # on the monotonic clock, as all times here
     told: bool = False
+    answered: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def close(self, seconds: float, why: str) -> None:
-        """Let nothing through for so long; says so once, until the next answer comes."""
+    def close(self, seconds: float, why: str, sent: float) -> None:
+        """Let nothing through for so long; says so once until an answer comes, and again only for what is sent then.
+
+        Args:
+            sent: when the request was let through that was turned away.
+        """
         with self.lock:
             self.until = max(self.until, time.monotonic() + seconds)
-            told, self.told = self.told, True
-        if not told:
+            news = not self.told and sent >= self.answered
+            self.told = self.told or news
+        if news:
             terminal.say(f"{why}, waiting {math.ceil(seconds)} s")
 
     def open(self) -> None:
         """An answer came."""
         with self.lock:
             self.told = False
+            self.answered = time.monotonic()
 
-    def pass_through(self, stopping: threading.Event) -> None:
-        """Wait until requests may go out, or until nothing more is asked."""
-        while (left := self.until - time.monotonic()) > 0 and not stopping.is_set():
+    def pass_through(self, stopping: threading.Event) -> float:
+        """Wait until requests may go out, or until nothing more is asked; returns when that was."""
+        while (left := self.until - (now := time.monotonic())) > 0 and not stopping.is_set():
             stopping.wait(left)
+        return now
 
 
 class Judge:
@@ -371,7 +379,7 @@ class Judge:
         """Ask one question until it is answered, and keep the answer; returns why the endpoint refused it instead."""
         given = tokens(prompt)
         for attempt in range(self.patience.retries + 1):
-            self._gate.pass_through(stopping)
+            sent = self._gate.pass_through(stopping)
             if stopping.is_set():
                 return None
             reserved = self._reserve(given)
@@ -381,7 +389,7 @@ class Judge:
             except self._sdk.APIError as error:
                 if stopping.is_set():
                     return None
-                reason = self._give_up(error, attempt)
+                reason = self._give_up(error, attempt, sent)
                 if reason is not None:
                     return self._refuse(reason)
                 continue
@@ -441,7 +449,7 @@ class Judge:
 
     # --- errors
 
-    def _give_up(self, error: Exception, attempt: int) -> str | None:
+    def _give_up(self, error: Exception, attempt: int, sent: float) -> str | None:
         """Close the gate before another try, or say why this question is refused.
 
         Raises:
@@ -451,7 +459,7 @@ class Judge:
         wait = min(LONGEST_WAIT, self.patience.first * 2**attempt) * random.uniform(0.75, 1)
         sdk = self._sdk
         if isinstance(error, sdk.APIStatusError):
-            return self._answered_with(error, wait, last=last)
+            return self._answered_with(error, wait, sent, last=last)
         if isinstance(error, sdk.APITimeoutError):
             why = f"{self.at.host} gives no answer within {self.patience.timeout:g} s"
         elif isinstance(error, sdk.APIConnectionError):
@@ -461,10 +469,10 @@ class Judge:
             return _cause(error)
         if last:
             raise _Halt(f"{why}; {URLS[0]} names the address.", mistake=False)
-        self._gate.close(wait, why)
+        self._gate.close(wait, why, sent)
         return None
 
-    def _answered_with(self, error: Any, wait: float, *, last: bool) -> str | None:
+    def _answered_with(self, error: Any, wait: float, sent: float, *, last: bool) -> str | None:
         status, reason = error.status_code, _message(error)
         if status in (401, 403):
             raise _Halt(
@@ -493,7 +501,7 @@ class Judge:
                 mistake=False,
             )
         busy = "rate limited" if status == 429 else f"{self.at.host} answers {status}"
-        self._gate.close(wait if named is None else named, busy)
+        self._gate.close(wait if named is None else named, busy, sent)
         return None
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,18 @@ def test_a_rate_limit_is_waited_for_as_long_as_the_server_says_and_said_once(
     assert texts(found) == ["to question 0", "to question 1"]
     assert limited[2] - limited[0] >= 0.4
     assert capsys.readouterr().err.count("rate limited, waiting 1 s") == 1
+
+
+def test_a_refusal_that_arrives_late_is_no_second_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its request went out before an answer came to another: it is left alone, and one that goes out after is not."""
+    gate, going = judges._Gate(), threading.Event()
+    first = gate.pass_through(going)
+    gate.close(0.0, "rate limited", first)
+    gate.open()
+    gate.close(0.0, "rate limited", first)
+    assert capsys.readouterr().err.count("rate limited") == 1
+    gate.close(0.0, "rate limited", gate.pass_through(going))
+    assert capsys.readouterr().err.count("rate limited") == 1
 
 
 def test_an_hour_is_not_waited_for_and_what_came_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
