@@ -5,7 +5,12 @@ Nothing is timed and TRL does not run here.
 
 import copy
 import json
+import os
+import re
 import resource
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -404,6 +409,25 @@ def test_the_project_readme_has_a_place_for_the_table() -> None:
     told = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert told.count(table.BEGIN) == told.count(table.END) == 1
     assert told.index(table.BEGIN) < told.index(table.END)
+
+
+def test_the_script_shows_what_was_measured(tmp_path: Path) -> None:
+    """The README's lines, on what is in their JSON already; its table is the one that they write."""
+    root = Path(__file__).parents[1]
+    shutil.copytree(root / "scripts", tmp_path / "scripts")
+    measured = tmp_path / "scripts" / "benchmark" / "results"
+    shutil.copy(measured / "full.json", measured / "quick.json")
+    told = (root / "README.md").read_text(encoding="utf-8")
+    before, _, rest = told.partition(table.BEGIN)
+    emptied = before + table.BEGIN + "\n" + table.END + rest.partition(table.END)[2]
+    lines = re.findall(r"^ {4}(scripts/bench\b.*?)(?: {3,}.*)?$", told, re.MULTILINE)
+    assert len(lines) == 3
+    readme = tmp_path / "README.md"
+    for line in lines:
+        readme.write_text(emptied, encoding="utf-8")
+        environment = os.environ | {"BENCH_PYTHON": sys.executable}
+        subprocess.run([*line.split(), "--show"], cwd=tmp_path, env=environment, check=True)
+        assert readme.read_text(encoding="utf-8") == (told if "--readme" in line else emptied), line
 
 
 def test_committed_results_are_whole_and_their_figures_follow_from_their_runs() -> None:

@@ -1,8 +1,10 @@
 """What is installed works like the checkout, from any directory; the scripts set up once and then do nothing."""
 
 import ast
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -174,7 +176,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
 
 STAND_IN = """#!/bin/sh
 case "$*" in
-    "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+    "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && cp "{align}" "$4/bin/align" ;;
     "-m pip "*) echo "$*" >>"{log}" ;;
     *) exec "{python}" "$@" ;;
 esac
@@ -188,8 +190,11 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / "python"
-    python.write_text(STAND_IN.format(log=tmp_path / "pip.log", python=sys.executable))
-    python.chmod(0o755)
+    align = tmp_path / "align"
+    python.write_text(STAND_IN.format(log=tmp_path / "pip.log", python=sys.executable, align=align))
+    align.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m align_cli.cli "$@"\n')
+    for program in (python, align):
+        program.chmod(0o755)
     return tmp_path
 
 
@@ -212,6 +217,36 @@ def test_the_scripts_install_once_and_again_only_after_a_change(checkout: Path) 
         file.write("# changed\n")
     assert len(environment(checkout, "")) == 2
     assert len(environment(checkout, "test,peers")) == 2
+
+
+def test_the_quickstart_installs_and_trains(checkout: Path) -> None:
+    small = "world.demonstrations=40 world.sft_steps=2 world.hidden=32 world.layers=1 world.prompts=8 world.held_out=4"
+    steps = "train.steps=1 train.prompts=2 eval.groups=2 eval.samples=2 eval.prompts=2 data.held_out=2 track=none"
+    run("scripts/quickstart", *small.split(), *steps.split(), cwd=checkout, PYTHON=str(checkout / "python"))
+    assert f"--editable {checkout} --constraint" in (checkout / "pip.log").read_text()
+    (summary,) = (checkout / "runs").glob("*-nca-tiny-toy/summary.json")
+    assert json.loads(summary.read_text())["steps"] == 1
+
+
+def test_the_test_script_installs_and_runs_the_tests(checkout: Path) -> None:
+    (checkout / "tests").mkdir()
+    (checkout / "tests" / "test_one.py").write_text("def test_it_is_run():\n    pass\n")
+    said = run("scripts/test", cwd=checkout, PYTHON=str(checkout / "python"))
+    assert "1 passed" in said and "2 workers" in said
+    assert f"--editable {checkout}[test,peers] --constraint" in (checkout / "pip.log").read_text()
+
+
+def test_the_readme_installs_the_checkout(installed: Path) -> None:
+    """Nothing is fetched or written; -e is left out, for which the builder asks for one more package."""
+    pip = (sys.executable, "-m", "pip", "--python", installed, "--disable-pip-version-check")
+    more = ("--dry-run", "--no-deps", "--no-index", "--no-build-isolation")
+    lines = re.findall(r"^ {4}pip (.+?)(?: {3,}.*)?$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        words = [word for word in shlex.split(line) if word != "-e"]
+        assert "Would install align-cli-" in run(*pip, *words, *more, cwd=ROOT), line
+        for extras in re.findall(r"\[(.*)\]", line):
+            assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
 
 
 def test_the_scripts_refuse_a_python_that_is_too_old(checkout: Path) -> None:
