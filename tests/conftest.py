@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_runs
 import torch
-from forks import Forks
+from forks import Forked, Forks
 
-from align_cli import judges
+from align_cli import judges, reproduction
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,11 +50,30 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five rows of each dataset that the recipes train on."""
+    return small_runs.write_few_rows(tmp_path_factory.mktemp("few"))
+
+
+@pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """`align` in processes of its own."""
     server = Forks(tmp_path_factory.mktemp("forks") / "log")
     yield server
     server.close()
+
+
+@pytest.fixture
+def forked(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Jobs are forked in milliseconds; what was started."""
+    started: list[tuple[str, ...]] = []
+
+    def process(arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> Any:
+        started.append(arguments)
+        return Forked(forks, arguments, log)
+
+    monkeypatch.setattr(reproduction, "_process", process)
+    return started
 
 
 @pytest.fixture

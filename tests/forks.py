@@ -56,10 +56,38 @@ class Forks:
         self.server.communicate()
 
 
+class Forked:
+    """What `subprocess.Popen` gives, of a child of the server that forks."""
+
+    def __init__(self, forks: Forks, arguments: tuple[str, ...], log: Path) -> None:
+        self.forks = forks
+        self.pid = forks.start(*arguments, log=log)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, once it has ended."""
+        state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] if not self._known else ""
+        if state == "Z":
+            self.returncode = self.forks.ended(self.pid)
+        return self.returncode
+
+    @property
+    def _known(self) -> bool:
+        return self.returncode is not None
+
+    def kill(self) -> None:
+        """As `Popen` has it."""
+        self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, number: int) -> None:
+        """As `Popen` has it."""
+        os.kill(self.pid, number)
+
+
 def serve() -> None:
     """Answer the test's questions until it goes away."""
     import accelerate  # noqa: F401
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # which ZeRO looks for, seconds of imports
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
     import wandb  # noqa: F401

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from align_cli import cli, config, exits, experiment
 from align_cli.data import toy
@@ -19,6 +19,7 @@ from align_cli.experiment import Experiment
 from align_cli.models import tiny
 from align_cli.tracking import read_metrics
 
+ROWS = Path(__file__).parent / "data" / "rows"
 SETTINGS = (
     "model=hf",
     "data=file",
@@ -53,6 +54,24 @@ def write_rows(path: Path, *, responses: Sequence[int], rows: int) -> Path:
         lines.append(json.dumps({"prompt": prompt, "completions": completions, "rewards": rewards}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def write_few_rows(folder: Path) -> Path:
+    """Five rows of each dataset that the recipes train on, <name>.jsonl."""
+    for name in ("ultrafeedback", "ultrafeedback_h4", "ultrainteract", "hh", "tldr", "imdb", "prompt"):
+        first = json.loads((ROWS / f"{name}.jsonl").read_text().splitlines()[0])
+        rows = [json.dumps(_varied(first, number)) for number in range(1, 6)]
+        (folder / f"{'file' if name == 'prompt' else name}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def _varied(value: Any, number: int) -> Any:
+    """A row with other prompts and responses, told apart by the o in them; what names its parts has none."""
+    if isinstance(value, dict):
+        return {key: _varied(each, number) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_varied(each, number) for each in value]
+    return value.replace("o", "o" * number) if isinstance(value, str) else value
 
 
 def overrides(model: Path, rows: Path, run_dir: Path, *more: str) -> list[str]:
@@ -106,8 +125,8 @@ def logprobs(model: Path, group: Group) -> list[float]:
     return found
 
 
-def build_reader(folder: Path, *, seed: int, hidden: int = 32) -> Path:
-    """A tiny Llama of random weights that reads any text, byte by byte, and chats in a plain template."""
+def build_reader(folder: Path, *, seed: int, hidden: int = 32, family: str = "llama") -> Path:
+    """A tiny model of random weights that reads any text, byte by byte, and chats in a plain template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -123,7 +142,8 @@ def build_reader(folder: Path, *, seed: int, hidden: int = 32) -> Path:
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     torch.manual_seed(seed)
-    shape = LlamaConfig(
+    shape = AutoConfig.for_model(
+        family,
         vocab_size=len(vocabulary),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -134,6 +154,6 @@ def build_reader(folder: Path, *, seed: int, hidden: int = 32) -> Path:
         bos_token_id=vocabulary["<s>"],
         eos_token_id=vocabulary["</s>"],
     )
-    LlamaForCausalLM(shape).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

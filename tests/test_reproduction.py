@@ -13,55 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
-from forks import Forks
 from small_runs import SETTINGS, align
 
 from align_cli import config, exits, recipe, reproduction, rundir, terminal
 from align_cli.claims import Range
 from align_cli.recipe import Expectation
 from align_cli.reproduction import judge
-
-
-class Forked:
-    """What `subprocess.Popen` gives, of a child of the server that forks."""
-
-    def __init__(self, forks: Forks, arguments: tuple[str, ...], log: Path) -> None:
-        self.forks = forks
-        self.pid = forks.start(*arguments, log=log)
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        """Its exit code, once it has ended."""
-        state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] if not self._known else ""
-        if state == "Z":
-            self.returncode = self.forks.ended(self.pid)
-        return self.returncode
-
-    @property
-    def _known(self) -> bool:
-        return self.returncode is not None
-
-    def kill(self) -> None:
-        """As `Popen` has it."""
-        self.send_signal(signal.SIGKILL)
-
-    def send_signal(self, number: int) -> None:
-        """As `Popen` has it."""
-        os.kill(self.pid, number)
-
-
-@pytest.fixture
-def forked(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """Jobs are forked in milliseconds; what was started."""
-    started: list[tuple[str, ...]] = []
-
-    def process(arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> Any:
-        started.append(arguments)
-        return Forked(forks, arguments, log)
-
-    monkeypatch.setattr(reproduction, "_process", process)
-    return started
-
 
 CLAIM = {"kind": "ours", "source": "here", "scale": "both"}
 EXACT = {**CLAIM, "kind": "exact"}
@@ -377,32 +334,14 @@ def test_jobs_side_by_side_have_gpus_of_their_own() -> None:
 # --- a recipe for many GPUs in small
 
 
-def varied(value: Any, number: int) -> Any:
-    """A row with other prompts and responses, told apart by the o in them; what names its parts has none."""
-    if isinstance(value, dict):
-        return {key: varied(each, number) for key, each in value.items()}
-    if isinstance(value, list):
-        return [varied(each, number) for each in value]
-    return value.replace("o", "o" * number) if isinstance(value, str) else value
-
-
-@pytest.fixture(scope="session")
-def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five rows of each dataset that the recipes train on."""
-    folder = tmp_path_factory.mktemp("few")
-    data = Path(__file__).parent / "data" / "rows"
-    for name in ("ultrafeedback", "ultrafeedback_h4", "ultrainteract", "hh", "tldr", "imdb", "prompt"):
-        first = json.loads((data / f"{name}.jsonl").read_text().splitlines()[0])
-        rows = [json.dumps(varied(first, number)) for number in range(1, 6)]
-        (folder / f"{'file' if name == 'prompt' else name}.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-@pytest.mark.parametrize("name", ["nca/table3", "exo/figure2", "contrastive/reward_differences", "fdpg/code"])
+@pytest.mark.parametrize("name", ["nca/table3", "contrastive/reward_differences", "fdpg/code"])
 def test_a_recipe_of_each_paper_runs_in_small_from_end_to_end(
     name: str, few_rows: Path, forked: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Random models of the real families: Mistral, Mixtral, GPT-2, a reward model, and LoRA where the recipe has it."""
+    """Random models of the real families: Mistral, Mixtral, GPT-2, a reward model, and LoRA where the recipe has it.
+
+    The README's commands are two more, of EXO and of NCA (tests/test_readme.py).
+    """
     given = ["reproduce", name, "scale=paper", f"shrink={few_rows}", f"dir={tmp_path}", "jobs=2"]
     assert align(*given) == exits.DONE, capsys.readouterr().err
     told = json.loads((tmp_path / recipe.RESULTS).read_text())

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import small_runs
+from readme_stage import WITH_LM_EVAL, program
 from scripted_subject import options_of, subject_of
 
 from align_cli.data.store import Group
@@ -63,15 +63,6 @@ metric_list:
 
 UNSAFE = GENERATED.replace("output_type", "unsafe_code: true\noutput_type", 1)
 FAR = GENERATED.replace("dataset_path: json", "dataset_path: openai/gsm8k", 1)
-# a Python in whose lm-eval the thousands of task files that come with it are not looked at, which takes ten seconds
-PYTHON = """#!{python}
-import functools, runpy, sys
-from lm_eval import tasks
-tasks.TaskManager.__init__ = functools.partialmethod(tasks.TaskManager.__init__, include_defaults=False)
-assert sys.argv[1] == "-m"
-sys.argv = sys.argv[2:]
-runpy.run_module(sys.argv[0], run_name="__main__")
-"""
 
 
 def questions(count: int) -> list[dict[str, str]]:
@@ -118,8 +109,7 @@ def test_fifty_real_problems_run_through_lm_eval(reader_model: Path, tasks: Path
 def test_align_generates_what_lm_eval_generates(reader_model: Path, tasks: Path, tmp_path: Path) -> None:
     """An environment of its own, here the same one, in which lm-eval loads the model and does everything itself."""
     python = tmp_path / "python"
-    python.write_text(PYTHON.format(python=sys.executable))
-    python.chmod(0o755)
+    program(python, WITH_LM_EVAL)
     more = {"template": "text", "limit": 4}
     ours = ask(reader_model, tasks, "align_generated", **more)
     theirs = ask(reader_model, tasks, "align_generated", python=str(python), **more)
