@@ -155,11 +155,11 @@ def own(path: Path) -> None:
     path.write_text(yaml.safe_dump(whole), encoding="utf-8")
 
 
-def run(command: str, start: Callable[..., int] = align) -> None:
+def run(command: str, given_to: Callable[..., int] = align) -> None:
     """Run a command of align's, without its first word."""
     assert command.split()[0] in COMMANDS
     more = [word for pattern, words in SHORT.items() if re.match(pattern, command) for word in words.split()]
-    assert start(*shlex.split(command), *more) == exits.DONE, command
+    assert given_to(*shlex.split(command), *more) == exits.DONE, command
 
 
 def start(lines: Sequence[str]) -> None:
@@ -195,6 +195,10 @@ def no_sandbox() -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def test_what_is_run_elsewhere_stands_in_the_readme() -> None:
+    assert ELSEWHERE.keys() <= {command for commands in CHAPTERS.values() for command in commands}
 
 
 @pytest.mark.usefixtures("quick", "no_judge")
