@@ -629,8 +629,9 @@ def shape_of(experiment: Experiment) -> memory.Shape:
 def terms(experiment: Experiment, shape: memory.Shape) -> dict[str, float]:
     """Bytes on one device, by term (`align_cli.memory`)."""
     size = sizes(experiment)
-    share = 1.0
+    share, sequence = 1.0, None
     if "prompt_tokens" in size:
+        sequence = size["prompt_tokens"] + size["response_tokens"]
         responses = size["responses"] * size["response_tokens"]
         share = responses / (responses + size["prompt_tokens"])
     return memory.per_device(
@@ -641,6 +642,7 @@ def terms(experiment: Experiment, shape: memory.Shape) -> dict[str, float]:
         ranks=devices(experiment),
         node=_node(experiment),
         response_share=share,
+        sequence=sequence,
         plain_head=experiment.model.head == "plain",
         scores=experiment.scalar == "scores",
         raters=_raters_at_once(experiment),

@@ -2,7 +2,7 @@
 
 Units are bytes. Per trained parameter AdamW holds two fp32 moments, and below fp32 an fp32 master and an fp32
 gradient beside the weight; ZeRO shares moments and masters from stage 1 on, gradients from 2, weights from 3.
-Attention computes its scores again in the backward pass and keeps none.
+Attention computes its weights again in the backward pass; on a CPU it keeps as many as `segments.KEPT` has room for.
 """
 
 import math
@@ -29,6 +29,7 @@ from align_cli.models.adapters import Adapter, attach
 from align_cli.models.causal import Model, read_architecture
 from align_cli.models.head import CACHED
 from align_cli.models.scalar import classifier
+from align_cli.models.segments import KEPT
 
 BLOCK = 64  # weights of NF4 that share a scale, an fp32 number
 
@@ -41,8 +42,8 @@ class Shape:
         parameters: all weights; a tied one counts once.
         trained: weights that training changes.
         linear: weights of linear layers, without the one that makes logits: what 4 bits are for.
-        layers, hidden, intermediate, kv_width, vocabulary: of the transformer; kv_width is heads times head size of
-            the keys, experts_per_token multiplies the width of the feed-forward part.
+        layers, hidden, heads, intermediate, kv_width, vocabulary: of the transformer; kv_width is heads times head
+            size of the keys, experts_per_token multiplies the width of the feed-forward part.
         spared: the kinds of activations that `align_cli.models.recompute` finds in it.
     """
 
@@ -51,6 +52,7 @@ class Shape:
     linear: int
     layers: int
     hidden: int
+    heads: int
     intermediate: int
     kv_width: int
     vocabulary: int
@@ -109,6 +111,7 @@ def _counted(model: Model, adapter: Adapter, scores: bool) -> Shape:
         linear=linear,
         layers=_first(sizes, "num_hidden_layers", "n_layer"),
         hidden=hidden,
+        heads=heads,
         intermediate=sizes.get("intermediate_size") or sizes.get("n_inner") or 4 * hidden,
         kv_width=(sizes.get("num_key_value_heads") or heads) * head,
         vocabulary=_first(sizes, "vocab_size"),
@@ -133,6 +136,7 @@ def per_device(
     ranks: int,
     node: int,
     response_share: float,
+    sequence: float | None,
     plain_head: bool,
     scores: bool = False,
     raters: int = 0,
@@ -151,6 +155,7 @@ def per_device(
         ranks: devices that share the run.
         node: how many of them are on one node.
         response_share: share of a micro-batch's tokens whose logits are needed.
+        sequence: tokens of a prompt with one response; None: unknown.
         plain_head: whether the model makes its logits itself, all at once.
         scores: whether it is a reward model, which makes none.
         raters: reward models that lie beside the policy at a time; each is taken to be as large.
@@ -193,7 +198,7 @@ def per_device(
         "gradients": shape.trained * 4 / gradient_share,
         "master weights": shape.trained * 4 / state_share if mastered else 0.0,
         "Adam moments": shape.trained * 8 / state_share,
-        "activations": kept,
+        "activations": kept + (0 if gpu else attended(shape, size, tokens, sequence)),
         "logits": logits,
     }
     cache = float(sampled * shape.layers * 2 * shape.kv_width * size)
@@ -250,6 +255,12 @@ def activation(shape: Shape, size: int, *, sparing: bool) -> float:
     norms = 2 * size * shape.hidden if "norms" in spared else (8 + 4 * size) * shape.hidden
     products = 2 * size * inner if "products" in spared else 4 * size * inner
     return norms + size * (3 * shape.hidden + 3 * shape.kv_width) + products
+
+
+def attended(shape: Shape, size: int, tokens: int, sequence: float | None) -> float:
+    """Bytes of attention weights that a CPU keeps at most: a token sees no more than its prompt and its response."""
+    seen = tokens if sequence is None else min(sequence, tokens)
+    return min(KEPT, size * shape.layers * shape.heads * tokens * seen)
 
 
 def device_bytes(named_gb: float | None, *, gpu: bool, ranks: int) -> tuple[float, str]:

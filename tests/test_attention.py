@@ -1,5 +1,6 @@
 """Flat rows give what each sequence gives alone under the model's own attention, for every family that takes them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -433,6 +434,41 @@ def test_products_over_segments_are_dense_attention(
             assert_close(one, other, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         assert torch.equal(SegmentAttention.apply(query, key, value, RAGGED.segments, 0.7, window), found)  # pyright: ignore
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 5, 1000])
+def test_weights_that_are_kept_give_the_same_bits_and_leave_no_trace(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two layers; room for a few blocks is room for some of the first layer's, and for none of the second's."""
+    monkeypatch.setattr(segments, "BLOCK", 4)
+    monkeypatch.setattr(segments, "KEPT", 0)
+    inputs = [torch.randn(2, RAGGED.segments[-1].own.stop, 8, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    made: list[int] = []
+    weights = segments._weights
+
+    def counted(*given: Any) -> Tensor:
+        made.append(1)
+        return weights(*given)
+
+    def slopes() -> tuple[Tensor, ...]:
+        first = SegmentAttention.apply(*inputs, RAGGED.segments, 1.0, None)
+        second = SegmentAttention.apply(first.transpose(0, 1), *inputs[1:], RAGGED.segments, 1.0, None)  # pyright: ignore
+        return torch.autograd.grad(second.float().square().sum(), inputs)  # pyright: ignore
+
+    expected = slopes()
+    monkeypatch.setattr(segments, "_weights", counted)
+    monkeypatch.setattr(segments, "KEPT", blocks * 2 * 4 * 32 * 2)  # 32: more keys than any block sees
+    found = slopes()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    every = 2 * sum(math.ceil((each.own.stop - each.own.start) / 4) for each in RAGGED.segments)
+    kept = 2 * every - len(made)
+    assert min(blocks, every) <= kept
+    assert (kept > 0, kept == every) == (blocks > 0, blocks == 1000)
+    unused = SegmentAttention.apply(*inputs, RAGGED.segments, 1.0, None)
+    assert (segments.Kept.everywhere > 0) == (blocks > 0)
+    del unused
+    assert segments.Kept.everywhere == 0
 
 
 @pytest.mark.parametrize("window", [None, 50])

@@ -1,5 +1,6 @@
 """`align plan` counts as one would by hand, offline, and its advice holds when it is followed."""
 
+import dataclasses
 import re
 import resource
 import socket
@@ -17,7 +18,7 @@ from align_cli import config, experiment, memory, run
 from align_cli.cli import dispatch
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
-from align_cli.models import attention, recompute, tiny
+from align_cli.models import attention, recompute, segments, tiny
 from align_cli.models.causal import Manner, measure
 from align_cli.paths import conf
 
@@ -278,6 +279,7 @@ def kept_per_token(model_type: str, dtype: torch.dtype, *, sparing: bool) -> tup
         linear=0,
         layers=4,
         hidden=64,
+        heads=4,
         intermediate=224,
         kv_width=keys,
         vocabulary=61,
@@ -302,3 +304,22 @@ def test_planned_activations_of_models_without_a_gate_are_not_too_small(sparing:
         kept, shape = kept_per_token(model_type, torch.bfloat16, sparing=sparing)
         assert not shape.spared
         assert 0.85 * kept < memory.activation(shape, 2, sparing=sparing) < 1.7 * kept, model_type
+
+
+def test_planned_attention_weights_are_no_fewer_than_a_cpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention.register()
+    made = AutoConfig.for_model(
+        "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vocab_size=61
+    )
+    network = AutoModelForCausalLM.from_config(made, attn_implementation=attention.NAME)
+    tokens = [np.zeros(length, dtype=np.int32) for length in (200, 150, 150)]
+    group = Group(index=0, prompt=tokens[0], responses=tuple(tokens[1:]), ratings=np.zeros(2, np.float32), where="here")
+    _, other = kept_per_token("llama", torch.float32, sparing=False)
+    sizes = dataclasses.replace(other, layers=3)
+    planned = memory.attended(sizes, 4, 500, 350)
+    assert planned == 4 * 3 * 4 * 500 * 350
+    measured = measure(network, flatten([group]), Manner(flat=True))
+    assert planned / 2 < segments.Kept.everywhere < planned
+    del measured
+    monkeypatch.setattr(memory, "KEPT", 1000)
+    assert memory.attended(sizes, 4, 500, None) == 1000

@@ -1,12 +1,12 @@
 """From states to log-probabilities of tokens: the output head in chunks, so that logits never fill the memory.
 
-The head scores the response tokens alone. Its products are in the model's dtype, the normalisation is in float32.
-Logits are kept for the backward pass where they fit the budget, and computed again where they do not. A head that is
-not trained needs neither: the gradient of log π(y) with respect to the state does not depend on the loss, which only
-scales it, so it is made while the logits are at hand.
+The head scores the response tokens alone. Its products are in the model's dtype, the normalisation is in float32. The
+gradient of log π(y) with respect to logits and states does not depend on the loss, which only scales it, token by
+token. So it is made while the logits are at hand: it takes their place and waits for the backward pass where they fit
+the budget, and is computed again where they do not. A head that is not trained needs no more than the states' own.
 
     log π(y | h) = z_y - log Σ_v exp z_v,    z = cap tanh(scale W h / cap) / temperature
-    ∂ log π(y | h) / ∂ z = e_y - π
+    ∂ -log π(y | h) / ∂ z = π - e_y
 """
 
 from collections.abc import Iterator
@@ -89,57 +89,48 @@ class HeadLogprobs(torch.autograd.Function):
         transform: Transform,
         budget: int,
     ) -> Tensor:
-        wide = torch.promote_types(states.dtype, torch.float32)
         trained, wanted = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[0]
-        every = len(weight) * states.element_size()
-        kept = None
-        normaliser = torch.empty(len(states), dtype=wide, device=states.device)
-        found = torch.empty_like(normaliser)
-        unit = torch.empty_like(states) if wanted and not trained else None
-        for chunk in _slices(len(states), budget // every):
+        most = budget // (len(weight) * states.element_size())
+        found = torch.empty(len(states), dtype=_wide(states), device=states.device)
+        slopes = None
+        onto_states = torch.empty_like(states) if wanted and not trained else None
+        for chunk in _slices(len(states), most):
             logits = linear(states[chunk], weight, bias)
-            if trained and len(logits) == len(states):
-                kept = logits
-            for part in _parts(logits):
-                values = transform(logits[part].to(wide, copy=True))
-                rows = slice(chunk.start + part.start, chunk.start + part.stop)
-                normaliser[rows] = torch.logsumexp(values, dim=-1)
-                found[rows] = values.gather(-1, targets[rows, None]).squeeze(-1) - normaliser[rows]
-                if unit is not None:
-                    one = torch.ones_like(found[rows])
-                    logits[part] = _slope(values, targets[rows], normaliser[rows], one, transform)
-            if unit is not None:
-                unit[chunk] = logits @ weight
+            keeps = trained and len(logits) == len(states)
+            sloped = keeps or onto_states is not None
+            found[chunk] = _score(logits, targets[chunk], transform, sloped=sloped)
+            if keeps:
+                slopes = logits
+            if onto_states is not None:
+                onto_states[chunk] = (logits @ weight).neg_()
             del logits  # before the next chunk is made
-        ctx.save_for_backward(states, weight, targets, normaliser, unit)
-        ctx.bias, ctx.told, ctx.kept = bias, (transform, budget), kept
+        ctx.save_for_backward(states, weight, targets, slopes, onto_states)
+        ctx.bias, ctx.told = bias, (transform, most)
         return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        states, weight, targets, normaliser, unit = ctx.saved_tensors
-        if unit is not None:
-            return (slope[:, None] * unit).to(states.dtype), None, None, None, None, None
-        (transform, budget), wide, kept = ctx.told, normaliser.dtype, ctx.kept
-        ctx.kept = None  # overwritten below; a second backward pass computes them again
+        states, weight, targets, kept, onto_states = ctx.saved_tensors
+        if onto_states is not None:
+            return (slope[:, None] * onto_states).to(states.dtype), None, None, None, None, None
+        (transform, most), wide = ctx.told, slope.dtype
         d_states = torch.empty_like(states)
         d_weight = d_bias = None
-        for chunk in _slices(len(states), budget // (len(weight) * states.element_size())):
-            logits = linear(states[chunk], weight, ctx.bias) if kept is None else kept
-            for part in _parts(logits):
-                values = transform(logits[part].to(wide, copy=True))
-                rows = slice(chunk.start + part.start, chunk.start + part.stop)
-                logits[part] = _slope(values, targets[rows], normaliser[rows], slope[rows], transform)
-            torch.mm(logits, weight, out=d_states[chunk])
+        for chunk in _slices(len(states), most):
+            slopes = kept
+            if slopes is None:
+                slopes = linear(states[chunk], weight, ctx.bias)
+                _score(slopes, targets[chunk], transform, sloped=True)
+            at = -slope[chunk, None]
+            d_states[chunk] = (slopes @ weight).to(wide).mul_(at)
             if ctx.needs_input_grad[1]:
-                onto = logits.t() @ states[chunk]
+                onto = slopes.t() @ (at * states[chunk]).to(states.dtype)
                 d_weight = onto if d_weight is None else d_weight.to(wide).add_(onto)
             if ctx.needs_input_grad[2]:
-                onto = logits.sum(0, dtype=wide)
+                onto = torch.cat([at[part].t() @ slopes[part].to(wide) for part in _parts(slopes)]).sum(0)
                 d_bias = onto if d_bias is None else d_bias + onto
-            kept = None
-            del logits
+            del slopes
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         if d_bias is not None:
@@ -147,12 +138,26 @@ class HeadLogprobs(torch.autograd.Function):
         return d_states, d_weight, d_bias, None, None, None
 
 
-def _slope(values: Tensor, targets: Tensor, normaliser: Tensor, weight: Tensor, transform: Transform) -> Tensor:
-    """weight · ∂ log π(target) / ∂ (W h), (n, V); `values`, the transformed logits, are overwritten."""
-    inner = transform.slope(values)
-    wanted = values.sub_(normaliser[:, None]).exp_().mul_(-weight[:, None])
-    wanted.scatter_add_(1, targets[:, None], weight[:, None])
-    return wanted if isinstance(inner, float) and inner == 1.0 else wanted.mul_(inner)
+def _score(logits: Tensor, targets: Tensor, transform: Transform, *, sloped: bool) -> Tensor:
+    """(n,) log π(target) nats; with `sloped`, `logits` W h become (n, V) ∂ -log π(target) / ∂ (W h)."""
+    found = torch.empty(len(logits), dtype=_wide(logits), device=logits.device)
+    for part in _parts(logits):
+        values = transform(logits[part].to(found.dtype, copy=True))
+        wanted, most = targets[part, None], values.amax(-1)
+        of_target = values.gather(-1, wanted).squeeze(-1)
+        inner = transform.slope(values) if sloped else 1.0
+        shares = torch.softmax(values, dim=-1, out=values)
+        # The largest share is exp(its value) / Σ exp, and never small.
+        found[part] = of_target - most + shares.amax(-1).log()
+        if sloped:
+            slopes = shares.scatter_add_(-1, wanted, shares.new_full(wanted.shape, -1.0))
+            logits[part] = slopes if isinstance(inner, float) and inner == 1.0 else slopes.mul_(inner)
+    return found
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The type that sums are in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _slices(length: int, most: int) -> Iterator[slice]:
