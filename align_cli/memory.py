@@ -223,10 +223,10 @@ def per_device(
 def head(scored: int, hidden: int, vocabulary: int, size: int, *, budget: int, trained: bool, gpu: bool) -> float:
     """Most bytes that `align_cli.models.head` needs at a time, beyond weights and their gradients.
 
-    The states that predict, their gradient and what is added to it; a chunk of logits, which lives on to the backward
-    pass if there is only one and until the next is there if there are several; two fp32 copies of what is normalised
-    at a time: the chunk on a GPU, what a cache holds on a CPU. A trained head also makes its gradient, and sums it in
-    fp32 over several chunks.
+    The states that predict, their gradient and what is added to it; a chunk of logits, in whose place its slopes live
+    on to the backward pass if there is only one; an fp32 copy of what is normalised at a time: the chunk on a GPU, what
+    a cache holds on a CPU. A family that caps its logits takes one copy more, which is not counted. A trained head also
+    makes its gradient, and sums it in fp32 over several chunks.
 
     Args:
         scored: response tokens of a micro-batch.
@@ -236,7 +236,7 @@ def head(scored: int, hidden: int, vocabulary: int, size: int, *, budget: int, t
     chunk = min(scored, max(1, budget // (vocabulary * size)))
     part = chunk if gpu else min(chunk, max(1, CACHED // vocabulary))
     states = scored * (3 * hidden * size + 4 + 4)
-    logits = vocabulary * max(chunk * size + part * (4 + 4), min(2 * chunk, scored) * size + part * 4)
+    logits = vocabulary * (chunk * size + part * 4)
     gradient = hidden * vocabulary * (size if chunk == scored else size + 4) if trained else 0
     return float(states + logits + gradient)
 

@@ -374,7 +374,6 @@ def test_the_planned_memory_of_the_head_is_what_it_takes(
         found: Any = HeadLogprobs.apply(every[keep], weight, None, targets, Transform(), budget)
         found.sum().backward()
     planned = memory.head(scored, hidden, vocabulary, 4, budget=budget, trained=trained, gpu=gpu)
-    # the inside of logsumexp cannot be seen here
     assert alive.peak <= planned < 1.6 * alive.peak
 
 

@@ -193,8 +193,9 @@ def test_recomputed_activations_give_the_same_weights(tiny_model: Path, ragged_f
     for name in ("false", "true"):
         given = overrides(tiny_model, ragged_file, tmp_path / name, *SMOOTH, "train.steps=5")
         assert align("train", *given, f"engine.gradient_checkpointing={name}") == 0
-    assert losses(tmp_path / "false") == losses(tmp_path / "true")
-    assert largest_difference(weights(tmp_path / "false"), weights(tmp_path / "true")) < 1e-7
+    # a weight near 1 that is rounded the other way is 2^-23 off; a loss of about 1 follows
+    assert losses(tmp_path / "false") == pytest.approx(losses(tmp_path / "true"), abs=4 * 2**-23)
+    assert largest_difference(weights(tmp_path / "false"), weights(tmp_path / "true")) <= 2 * 2**-23
 
 
 def test_every_reference_is_made_of_the_same_figures(tiny_model: Path, ragged_file: Path, tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ class Transform:
     def slope(self, transformed: Tensor) -> Tensor | float:
         """Its derivative, from its values."""
         at = self.scale / self.temperature
-        return at if self.cap is None else (1 - (transformed * self.temperature / self.cap) ** 2) * at
+        if self.cap is None:
+            return at
+        return (transformed * (self.temperature / self.cap)).square_().neg_().add_(1).mul_(at)
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,10 @@ class HeadLogprobs(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 onto = slopes.t() @ (at * states[chunk]).to(states.dtype)
                 d_weight = onto if d_weight is None else d_weight.to(wide).add_(onto)
+                del onto  # as large as the weight
             if ctx.needs_input_grad[2]:
-                onto = torch.cat([at[part].t() @ slopes[part].to(wide) for part in _parts(slopes)]).sum(0)
-                d_bias = onto if d_bias is None else d_bias + onto
+                biased = torch.cat([at[part].t() @ slopes[part].to(wide) for part in _parts(slopes)]).sum(0)
+                d_bias = biased if d_bias is None else d_bias + biased
             del slopes
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
