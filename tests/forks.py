@@ -33,8 +33,12 @@ class Forks:
         return json.loads(self.server.stdout.readline())
 
     def start(self, *arguments: str, log: Path | None = None) -> int:
-        """Start `align` here, its words going to `log` or to that of all; returns its process number."""
-        return self._ask("start", arguments, str(log or self.log), os.getcwd())
+        """Start `align` here and in this environment, its words going to `log` or to that of all.
+
+        Returns:
+            Its process number.
+        """
+        return self._ask("start", arguments, str(log or self.log), os.getcwd(), dict(os.environ))
 
     def ended(self, child: int) -> int:
         """Wait for a child; its exit code, or minus the signal that ended it."""
@@ -100,18 +104,20 @@ def serve() -> None:
         what, *given = json.loads(line)
         answer = 0
         if what == "start":
-            answer = fork(given[0], Path(given[1]), given[2])
+            answer = fork(given[0], Path(given[1]), given[2], given[3])
         if what == "wait":
             answer = os.waitstatus_to_exitcode(os.waitpid(given[0], 0)[1])
         print(json.dumps(answer), flush=True)
 
 
-def fork(arguments: Sequence[str], log: Path, folder: str) -> int:
-    """`align` in a child that works in `folder`; returns its process number."""
+def fork(arguments: Sequence[str], log: Path, folder: str, environment: dict[str, str]) -> int:
+    """`align` in a child that works in `folder` and sees this environment; returns its process number."""
     child = os.fork()
     if child:
         return child
     os.chdir(folder)
+    os.environ.clear()  # the server was started in that of some other test
+    os.environ.update(environment)
     with open(os.devnull) as nothing, open(log, "a") as words:
         os.dup2(nothing.fileno(), 0)
         os.dup2(words.fileno(), 1)
