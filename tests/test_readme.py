@@ -1,7 +1,7 @@
 """Every command of the README runs: its chapters are gone through in order, with small models and a few rows.
 
 A command runs as it is written, in a folder where the names that it uses exist (`readme_stage`), without a network;
-what makes it short is put behind it.
+what makes it short is put behind it. Of five seeds two are run.
 """
 
 import io
@@ -159,6 +159,7 @@ def run(command: str, given_to: Callable[..., int] = align) -> None:
     """Run a command of align's, without its first word."""
     assert command.split()[0] in COMMANDS
     more = [word for pattern, words in SHORT.items() if re.match(pattern, command) for word in words.split()]
+    command = command.replace("run.seed=0,1,2,3,4", "run.seed=0,1")
     assert given_to(*shlex.split(command), *more) == exits.DONE, command
 
 
