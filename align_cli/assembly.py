@@ -324,16 +324,16 @@ def check_replay(prepared: Prepared) -> None:
     """Refuse a replay of a run that has kept too few steps, or that has drawn others than this run would have.
 
     Raises:
-        UserError: with what would be right.
+        UserError: with how to fix it.
     """
     experiment, store, kept = prepared.experiment, prepared.train, replayed(prepared)
     of, there = total_steps(experiment.train, len(store)), kept.steps()
     if there == 0:
-        raise UserError(f"source.path={kept.run}: it keeps no responses. A run with source.keep=true would be right.")
+        raise UserError(f"source.path={kept.run}: it keeps no responses. Use a run with source.keep=true.")
     if there < of:
         raise UserError(
-            f"source.path={kept.run}: it keeps the responses of {there} steps, this run has {of}. train.steps={there}, "
-            "or a run of as many steps, would be right."
+            f"source.path={kept.run}: it keeps the responses of {there} steps, this run has {of}. "
+            f"Use train.steps={there}, or a run of as many steps."
         )
     for step in range(1, of + 1):
         kept.check(step, [store[index] for index in _members(experiment, store, step).tolist()], experiment.beside)

@@ -76,7 +76,7 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
         GlobalHydra.instance().clear()
     assert isinstance(tree, dict)
     problems = [
-        f"{key}={shown(tree.get(key))}: a section with keys would be right."
+        f"{key}={shown(tree.get(key))}: give a section with keys."
         for key in _primary(command)
         if not isinstance(tree.get(key), Mapping)
     ]
@@ -135,13 +135,13 @@ def _wrong_choice(override: Any, command: str, groups: Mapping[str, Sequence[str
     section, _, rest = key.partition(".")
     if not key or "/" in key or override.package is not None:
         near = did_you_mean(key.partition("/")[0], list(groups))
-        return f"{line}: key=value would be right, such as algo=nca or train.lr=1e-6.{near}"
+        return f"{line}: write key=value, such as algo=nca or train.lr=1e-6.{near}"
     if override.is_sweep_override():
         value = line.partition("=")[2]
         return f"{line}: several values need align train -m; for one text with a comma, quote it: \"{key}='{value}'\"."
     if rest == "name" and section in groups and section != "model":
         chosen = shown(None if override.is_delete() else override.value())
-        return f"{line}: a name comes with its choice; {section}={chosen} would be right."
+        return f"{line}: a name comes with its choice; use {section}={chosen}."
     if key not in groups:
         return None
     value = None if override.is_delete() else override.value()
@@ -248,8 +248,8 @@ def _explain(error: Exception) -> str:
     unknown = re.match(r"Interpolation key '(.*)' not found", lines[0])
     if isinstance(error, OmegaConfBaseException) and unknown:
         return (
-            f"{error.full_key}=${{{unknown[1]}}}: there is no {unknown[1]}. A value of its own, as "
-            f"{error.full_key}=VALUE, or another choice would be right."
+            f"{error.full_key}=${{{unknown[1]}}}: there is no {unknown[1]}. Give it a value of its own, as "
+            f"{error.full_key}=VALUE, or use another choice."
         )
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {lines[0]}." if error.full_key else f"{lines[0]}."
@@ -283,8 +283,7 @@ def use(packages: Sequence[str]) -> None:
     for package in packages:
         if not _PACKAGE.fullmatch(package) or importlib.util.find_spec(package.partition(".")[0]) is None:
             raise UserError(
-                f"--plugin {package}: there is no such package; one that Python finds would be right, installed or "
-                "on PYTHONPATH."
+                f"--plugin {package}: there is no such package; use one that Python finds, installed or on PYTHONPATH."
             )
     _plugins[:] = packages
 
@@ -308,9 +307,7 @@ def find(module: str, name: str, key: str, *, function: str | None = None, told:
         UserError: there is none.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(
-            f"{key}.{told}={shown(name)}: a name of lower-case letters, digits and underscores would be right."
-        )
+        raise UserError(f"{key}.{told}={shown(name)}: use lower-case letters, digits and underscores.")
     part = module.partition(".")[2]
     for root in ("align_cli", *_plugins):
         home = _home(f"{root}.{part}", name)
@@ -366,7 +363,7 @@ def check(
     from pydantic import ConfigDict, ValidationError, create_model
 
     if not isinstance(node, Mapping):
-        return [f"{path}={shown(node)}: a section with keys would be right."]
+        return [f"{path}={shown(node)}: give a section with keys."]
     hints = {**more, **get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)}
     names = [*more, *(name for name in options(target) if name not in injected)]
     fields: dict[str, Any] = {name: (hints[name], ...) for name in names}

@@ -58,7 +58,7 @@ def local_device(accelerator: str) -> torch.device:
     place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if place >= there:
         raise UserError(
-            f"rank {place} of this node has no GPU of its own: PyTorch sees {there}. Fewer ranks would be right, or "
+            f"rank {place} of this node has no GPU of its own: PyTorch sees {there}. Use fewer ranks, or "
             "under srun --gpus-per-node in place of --gpus-per-task and --gpu-bind."
         )
     device = torch.device("cuda", place)

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: says what was wrong, what was given, and what would be right.
+    """A mistake in what the user gave: says what was wrong, what was given, and how to fix it.
 
     Commands print it as one line and end with exit code 2.
     """

@@ -340,11 +340,11 @@ def _read(tree: Tree) -> Experiment:
         problems += config.check(World, tree["world"], "world")
     source = SOURCES.get(str(_section(tree, "source").get("name")))
     if source is None:
-        problems.append(f"source={config.shown(tree.get('source'))}: source=dataset, rollout or replay would be right.")
+        problems.append(f"source={config.shown(tree.get('source'))}: use source=dataset, rollout or replay.")
     else:
         problems += config.check(source, tree["source"], "source")
     if tree.get("resume") not in ("auto", "never"):
-        problems.append(f"resume={config.shown(tree.get('resume'))}: auto or never would be right.")
+        problems.append(f"resume={config.shown(tree.get('resume'))}: use auto or never.")
 
     loss = _find(tree, "algo", "align_cli.losses", problems)
     divergence = _find(tree, "divergence", "align_cli.divergences", problems) if tree.get("divergence") else None
@@ -362,11 +362,11 @@ def _read(tree: Tree) -> Experiment:
     penalty = PENALTIES.get(str(_section(tree, "kl").get("name")))
     proposal = PROPOSALS.get(str(_section(tree, "proposal").get("name")))
     if tree.get("proposal") and proposal is None:
-        problems.append(f"proposal={config.shown(tree['proposal'])}: proposal=adaptive or null would be right.")
+        problems.append(f"proposal={config.shown(tree['proposal'])}: use proposal=adaptive or null.")
     elif proposal is not None:
         problems += config.check(proposal, tree["proposal"], "proposal")
     if tree.get("kl") and penalty is None:
-        problems.append(f"kl={config.shown(tree['kl'])}: kl=fixed or adaptive would be right.")
+        problems.append(f"kl={config.shown(tree['kl'])}: use kl=fixed or adaptive.")
     elif penalty is not None:
         problems += config.check(penalty, tree["kl"], "kl")
     if scorer is not None:
@@ -537,7 +537,7 @@ def _features(node: Any, problems: list[str]) -> dict[str, Feature]:
         key, before = f"target.features.{name}", len(problems)
         if not re.fullmatch(r"\w+", str(name)) or not isinstance(options, Mapping):
             shown = config.shown(dict(options) if isinstance(options, Mapping) else options)
-            problems.append(f"{key}={shown}: a name of letters and digits, and keys, would be right, as {SHOWN}.")
+            problems.append(f"{key}={shown}: give a name of letters and digits, and keys, as in {SHOWN}.")
             continue
         if not options.get("scorer") or options["scorer"] == config.MISSING:
             problems.append(f"{key}.scorer is missing: {', '.join(_programs())}, or one of your own.")

@@ -127,9 +127,9 @@ def fill(tree: Tree) -> int:
     if checked.reference.name != "cached":
         problems.append(f"reference={checked.reference.name}: nothing is kept; align score fills reference=cached.")
     elif "reference" not in checked.made:
-        problems.append(f"algo={checked.algorithm} has no reference; one that has, such as algo=dpo, would be right.")
+        problems.append(f"algo={checked.algorithm} has no reference; use one that has, such as algo=dpo.")
     if checked.launch.name == "prepare":
-        problems.append("launch=prepare: align score starts its ranks itself; launch=local would be right.")
+        problems.append("launch=prepare: align score starts its ranks itself; use launch=local.")
     if problems:
         raise UserError("\n".join(problems))
     refuse_foreign_ranks("score")

@@ -68,7 +68,7 @@ def architecture(model: Model) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(keys.pop("model_type"), **keys)
     except (KeyError, ValueError) as error:
-        raise UserError(f"model.architecture: {error}; model_type and its sizes would be right.") from error
+        raise UserError(f"model.architecture: {error}; give model_type and its sizes.") from error
 
 
 _known: dict[str, Shape] = {}  # of models whose YAML writes their sizes out; counting one takes a second

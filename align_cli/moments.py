@@ -144,23 +144,23 @@ def _refuse(features: Tensor, moments: Tensor, names: Sequence[str]) -> None:
         if binary and wanted in (0, 1):
             problems.append(
                 f"{key}.moment={wanted:g}: all responses or none, which takes an infinite λ. target=pointwise is such "
-                f"a constraint; a moment {'below 1' if wanted == 1 else 'above 0'} would be right here."
+                f"a constraint; use a moment {'below 1' if wanted == 1 else 'above 0'} here."
             )
         elif binary and not varies[place]:
             often = "never occurs" if high == 0 else "always occurs"
             rate = "its rate is" if high == 0 else "the rate of responses without it is"
             # the rule of three: what did not occur in N trials has a rate below 3/N at 95 %
             problems.append(
-                f"{key}: it {often} in {told}; {rate} below {300 / samples:.2g} % at 95 %. More target.samples, or a "
-                "feature that some responses have and some have not, would be right."
+                f"{key}: it {often} in {told}; {rate} below {300 / samples:.2g} % at 95 %. Use more target.samples, "
+                "or a feature that some responses have and some do not."
             )
         elif not varies[place]:
-            problems.append(f"{key}: it is {low:g} in all {told}; a feature that varies would be right.")
+            problems.append(f"{key}: it is {low:g} in all {told}; use a feature that varies.")
         elif not low < wanted < high:
             each = "" if prompts == 1 else f" to {prompts} prompts"
             problems.append(
-                f"{key}.moment={wanted:g}: {told}{each} can be weighted for means between {low:.4g} and {high:.4g}. A "
-                "moment inside, or more target.samples, would be right."
+                f"{key}.moment={wanted:g}: {told}{each} can be weighted for means between {low:.4g} and {high:.4g}. "
+                "Use a moment inside, or more target.samples."
             )
     if problems:
         raise UserError("\n".join(problems))
@@ -173,6 +173,6 @@ def _no_moments(features: Tensor, moments: Tensor, names: Sequence[str]) -> str:
     )
     return (
         f"target.features: no finite λ gives {features.shape[0] * features.shape[1]} samples of the starting model the "
-        f"moments {told} together; one feature may follow from another. Moments nearer to the present ones, or more "
-        "target.samples, would be right."
+        f"moments {told} together; one feature may follow from another. Use moments nearer to the present ones, or "
+        "more target.samples."
     )

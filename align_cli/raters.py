@@ -180,8 +180,8 @@ class Alike:
         rare = f"; what the scorer looks for has a rate below {rate:.2g} % at 95 %" if self.highest == 0 else ""
         return (
             f"all {self.count:,} responses so far are rated {self.highest:g}, so that there is nothing to learn from "
-            f"them{rare}. A scorer that tells responses apart, a starting model that at times does what is wanted "
-            "(algo=sft teaches it), or more source.samples would be right."
+            f"them{rare}. Use a scorer that tells responses apart, a starting model that at times does what is wanted "
+            "(algo=sft teaches it), or more source.samples."
         )
 
 

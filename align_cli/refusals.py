@@ -1,4 +1,4 @@
-"""Combinations of parts and settings that compute nothing or cannot run, each refused with what would be right.
+"""Combinations of parts and settings that compute nothing or cannot run, each refused with how to fix it.
 
 Each function returns a sentence for each problem; the parts by themselves have been checked before.
 """
@@ -45,7 +45,7 @@ def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
         gives = "source.samples=1" if rolls else f"data={data['name']} data.responses={config.shown(data['responses'])}"
         problems.append(
             f"algo={algorithm} compares the responses of a prompt; {gives} gives one. "
-            f"{'source.samples=2 would be right.' if rolls else 'Data with several would be right, or algo=sft.'}"
+            f"{'Use source.samples=2.' if rolls else 'Use data with several, or algo=sft.'}"
         )
     elif "pairs" in asked and data["pairs"] is None and given != 2 and not rolls:
         problems.append(
@@ -109,24 +109,24 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
     if source == "replay" and tree["source"]["keep"]:
         problems.append(
             f"source=replay source.keep=true: what it learns from is kept in {tree['source']['path']} already. "
-            "source.keep=false would be right."
+            "Use source.keep=false."
         )
     if source == "replay" and tree.get("proposal"):
         problems.append(
             f"source=replay proposal={tree['proposal']['name']}: nothing is drawn; samples of a proposal are weighted "
-            "by what was kept of it. proposal=null would be right."
+            "by what was kept of it. Use proposal=null."
         )
     if tree.get("proposal") and "target" not in asked:
         problems.append(
             f"algo={algorithm} proposal={tree['proposal']['name']}: {algorithm} learns from samples of the policy "
             "itself. f-DPG alone weighs those of another distribution, and knows by its target when to renew it; "
-            "proposal=null would be right."
+            "use proposal=null."
         )
     if tree.get("proposal") and tree["source"]["temperature"] != 1:
         problems.append(
             f"proposal={tree['proposal']['name']} source.temperature={tree['source']['temperature']}: what is drawn "
             "and the policy are then two distributions even where the proposal has just been renewed, so that their "
-            "distances to the target do not say when to renew it. source.temperature=1 would be right."
+            "distances to the target do not say when to renew it. Use source.temperature=1."
         )
     if target and link is not None and link.limit == math.inf and target.get("floor") == 0:
         problems.append(
@@ -137,7 +137,7 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
     if target and "features" in target and tree["reference"].get("path") is not None:
         problems.append(
             f"target={target['name']} reference.path={tree['reference']['path']}: λ is fitted on samples of the policy "
-            "as it starts, which must be the reference. reference.path=null would be right."
+            "as it starts, which must be the reference. Use reference.path=null."
         )
     if target and target["name"] in PROBABILITIES:
         scorer = (tree.get("scorer") or {}).get("name")
@@ -149,7 +149,7 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
         if tree["source"]["missing_eos_penalty"]:
             problems.append(
                 f"target={target['name']} source.missing_eos_penalty={tree['source']['missing_eos_penalty']}: ratings "
-                "are weights between 0 and 1 here. source.missing_eos_penalty=0 would be right."
+                "are weights between 0 and 1 here. Use source.missing_eos_penalty=0."
             )
     samples = tree["source"]["samples"]
     if tree["algo"].get("baseline") == "leave_one_out" and samples == 1:
@@ -197,13 +197,13 @@ def _of_advantages(tree: Tree, asked: list[str]) -> list[str]:
         )
     if reward in ("hard", "smoothed"):
         problems.append(
-            f"algo={algorithm} reward={reward}: the logarithm of a label is no reward to be earned. reward=given or "
-            "contrastive would be right."
+            f"algo={algorithm} reward={reward}: the logarithm of a label is not a reward to be earned. Use "
+            "reward=given or contrastive."
         )
     if advantage in OF_RESPONSES and samples == 1:
         problems.append(
             f"advantage={advantage} source.samples=1: a prompt has no other responses to compare with. "
-            "source.samples=2 or more would be right."
+            "Use source.samples=2 or more."
         )
     if advantage in CANCELLING and reward == "contrastive":
         problems.append(
@@ -234,7 +234,7 @@ def of_scores(sections: Mapping[str, Any], tree: Tree, loss: Loss) -> list[str]:
     if others:
         problems.append(
             f"algo={algorithm} asks for 'scores' and for '{others[0]}'; a reward model gives scores and no "
-            "log-probabilities. One of the two would be right."
+            "log-probabilities. Ask for one of the two."
         )
     if tree["source"]["name"] in OF_SAMPLES:
         problems.append(
@@ -279,9 +279,9 @@ def of_settings(sections: Mapping[str, Any], tree: Tree) -> list[str]:
     if (adapter.rank is None) != (adapter.scale is None) or (adapter.rank is None) != (adapter.targets is None):
         problems.append("adapter: rank, scale and targets belong together; adapter=lora sets them.")
     if len(sections["optimizer"].betas) != 2:
-        problems.append(f"optimizer.betas={sections['optimizer'].betas}: two numbers would be right.")
+        problems.append(f"optimizer.betas={sections['optimizer'].betas}: give two numbers.")
     elif any(beta == 1 for beta in sections["optimizer"].betas):
-        problems.append(f"optimizer.betas={sections['optimizer'].betas}: a decay of 1 never forgets; below 1 is right.")
+        problems.append(f"optimizer.betas={sections['optimizer'].betas}: a decay of 1 never forgets; use less than 1.")
     reference = tree["reference"]
     if reference["name"] != "frozen" and reference.get("path") is not None:
         problems.append(
@@ -290,7 +290,7 @@ def of_settings(sections: Mapping[str, Any], tree: Tree) -> list[str]:
         )
     if sections["data"].path is None:
         problems.append(
-            f"data.path=null: data={sections['data'].name} has no rows of its own; a file, folder or hub id is right."
+            f"data.path=null: data={sections['data'].name} has no rows of its own; give a file, folder or hub id."
         )
     if "world" in (tree["model"]["path"], tree["data"]["path"]) and tree.get("world") is None:
         problems.append("data=toy comes from the embedded world, which model=tiny brings; add world=addition.")

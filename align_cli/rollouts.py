@@ -86,30 +86,30 @@ class Kept:
         if head["tokenizer"] != self.origin["tokenizer"]:
             raise UserError(
                 f"source.path={self.run}: its responses are of another tokenizer than model.path names; their token "
-                "ids would mean something else. The model that drew them, or one of its family, would be right."
+                "ids would mean something else. Use the model that drew them, or one of its family."
             )
         for name, own in self.origin["source"].items():
             if head["source"][name] != own:
                 there = head["source"][name]
                 raise UserError(
                     f"source.path={self.run}: it was drawn with source.{name}={there}, this run has {own}. "
-                    f"source.{name}={there} would be right."
+                    f"Use source.{name}={there}."
                 )
         if head["scorer"] != self.origin["scorer"]:
             raise UserError(
                 f"source.path={self.run}: its responses were rated by {json.dumps(head['scorer'])}, this run has "
-                f"{json.dumps(self.origin['scorer'])}. The same would be right."
+                f"{json.dumps(self.origin['scorer'])}. Use the same scorer."
             )
         missing = [name for name in wanted if name not in head["columns"]]
         if missing:
             raise UserError(
-                f"source.path={self.run}: it has not kept '{missing[0]}', which this run asks for. Replaying it "
-                "without the part that asks, or keeping a run that has it too, would be right."
+                f"source.path={self.run}: it has not kept '{missing[0]}', which this run asks for. Use a run that "
+                "keeps it too, or leave out the part that asks."
             )
         if head["prompts"] != digest_of_prompts(prompts):
             raise UserError(
-                f"source.path={self.run}: step {number} has responses to other prompts than this run's step. The same "
-                "data, train.prompts, train.together and run.seed would be right."
+                f"source.path={self.run}: step {number} has responses to other prompts than this run's step. Use the "
+                "same data, train.prompts, train.together and run.seed."
             )
 
     def read(self, number: int, wanted: Sequence[str]) -> list[Group]:
@@ -133,8 +133,8 @@ class Kept:
             whole, head, body = False, {}, ""
         if not whole:
             raise UserError(
-                f"{path} is damaged, or not what source.keep writes. An undamaged copy, or the run once more with "
-                "source.keep=true, would be right."
+                f"{path} is damaged, or not what source.keep writes. Use an undamaged copy, or make the run once more "
+                "with source.keep=true."
             )
         return head, body
 

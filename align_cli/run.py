@@ -64,7 +64,7 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
         paths.cache().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"ALIGN_CACHE={paths.cache()} cannot be written: {error.strerror}; another folder would be right."
+            f"ALIGN_CACHE={paths.cache()} cannot be written: {error.strerror}; use another folder."
         ) from error
     problems = None
     if experiment.world is not None and "world" in (experiment.model.path, experiment.data.path):
@@ -144,12 +144,12 @@ def _refuse_rater(experiment: Experiment, key: str, path: str, tokenizer: PreTra
     if other.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{key}={path}: its tokenizer has other tokens than model.path={experiment.model.path}; the policy's "
-            "token ids would mean something else to it. A reward model of the policy's family would be right."
+            "token ids would mean something else to it. Use a reward model of the policy's family."
         )
     if other.chat_template and tokenizer.chat_template and other.chat_template != tokenizer.chat_template:
         raise UserError(
             f"{key}={path}: its chat template is another than that of model.path={experiment.model.path}; it "
-            "would read conversations that it was not trained on. A reward model of the same template would be right."
+            "would read conversations that it was not trained on. Use a reward model of the same template."
         )
 
 
@@ -168,7 +168,7 @@ def _refuse_unfit(experiment: Experiment, store: Store, held_out: Store) -> None
     if isinstance(told.get("vocab_size"), int) and largest >= told["vocab_size"]:
         raise UserError(
             f"model.path={experiment.model.path}: its tokenizer gives token {largest}, its weights know "
-            f"{told['vocab_size']} tokens. A tokenizer that belongs to the weights would be right."
+            f"{told['vocab_size']} tokens. Use a tokenizer that belongs to the weights."
         )
     there = positions(architecture)
     longest = max(int(part.longest.max()) for part in (store, held_out) if len(part))

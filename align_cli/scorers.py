@@ -119,8 +119,8 @@ def _pipeline(model: str) -> Callable[[str], Any]:
     if not any("doc.ents" in pipeline.get_pipe_meta(name).assigns for name in pipeline.pipe_names):
         parts = ", ".join(pipeline.pipe_names) or "it has none"
         raise UserError(
-            f"scorer=entities model={model}: none of its parts ({parts}) finds entities. A model with 'ner' "
-            "or 'entity_ruler' would be right."
+            f"scorer=entities model={model}: none of its parts ({parts}) finds entities. Use a model with 'ner' "
+            "or 'entity_ruler'."
         )
     return pipeline
 

@@ -51,7 +51,7 @@ def expand(overrides: Sequence[str]) -> tuple[list[list[str]], int]:
             choices.append([str(override.input_line)])
             continue
         if override.is_interval_sweep() or isinstance(override.value(), Glob):
-            raise UserError(f"{override.input_line}: a grid needs values; choice(...) or range(...) would be right.")
+            raise UserError(f"{override.input_line}: a grid needs values; use choice(...) or range(...).")
         key = override.get_key_element()
         choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
     return [list(combination) for combination in itertools.product(*choices)], sum(len(c) > 1 for c in choices)

@@ -83,7 +83,7 @@ def doubt(fitted: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"target: the tilt leaves {fitted['ess']:.1f} effective samples of {fitted['samples']:,}, so λ rests on few; "
-        "more target.samples, or moments nearer to the starting model's, would be right."
+        "use more target.samples, or moments nearer to the starting model's."
     )
 
 

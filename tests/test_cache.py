@@ -665,7 +665,7 @@ def test_score_on_two_ranks_serves_a_run_on_one(
     [
         (["reference=frozen"], "align score fills reference=cached"),
         (["algo=sft", "data.responses=1"], "algo=sft has no reference"),
-        (["launch=prepare"], "launch=local would be right"),
+        (["launch=prepare"], "use launch=local"),
         (["-m"], "only align train takes it"),
     ],
 )

@@ -241,7 +241,7 @@ def test_a_configuration_without_a_whole_engine_is_refused_in_a_sentence() -> No
     tree = compose("algo=nca")
     with pytest.raises(UserError, match="engine is missing"):
         experiment.read({name: section for name, section in tree.items() if name != "engine"})
-    with pytest.raises(UserError, match="engine=5: a section with keys"):
+    with pytest.raises(UserError, match="engine=5: give a section with keys"):
         experiment.read({**tree, "engine": 5})
 
 

@@ -97,7 +97,7 @@ def test_adapters_of_another_format_are_refused(start: Path, tmp_path: Path) -> 
     run = finished_run(tmp_path, start, "adapter=lora")
     (run / "model" / adapters.WEIGHTS).rename(run / "model" / "adapter_model.bin")
     for command in (["export", str(run), str(tmp_path / "out")], ["evaluate", str(run), "eval=loss"]):
-        with pytest.raises(UserError, match=r"/run/model: it has no adapter_model\.safetensors; adapters in"):
+        with pytest.raises(UserError, match=r"/run/model: it has no adapter_model\.safetensors; use adapters in"):
             dispatch(command)
 
 
@@ -125,7 +125,7 @@ def test_adapters_that_could_run_code_are_refused(run: Path, tmp_path: Path) -> 
     shutil.copytree(run, tmp_path / "run")
     weights = tmp_path / "run" / "model" / "adapter_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(UserError, match="in safetensors would be right"):
+    with pytest.raises(UserError, match="use adapters in safetensors"):
         export.main([str(tmp_path / "run"), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

@@ -218,7 +218,7 @@ LETTER = "target.features.letter={scorer: matches, pattern: '[a-z]', moment: 0.5
     {
         "none": ([], "has at least one feature, as target.features.NAME="),
         "empty": (["target.features={}"], "target.features={}: a target of moments has at least one feature"),
-        "number": (["target.features.x=3"], "target.features.x=3: a name of letters and digits, and keys"),
+        "number": (["target.features.x=3"], "target.features.x=3: give a name of letters and digits, and keys"),
         "scorer": (["target.features.x={scorer: matchs, moment: 0.5}"], "x.scorer=matchs: .* Did you mean 'matches'"),
         "no scorer": (["target.features.x={moment: 0.5}"], "x.scorer is missing: addition, compiles"),
         "no moment": (["target.features.x={scorer: compiles}"], "target.features.x.moment is missing"),

@@ -290,7 +290,7 @@ def test_minibatches_are_all_of_a_step(model: Path, rows: Path, tmp_path: Path) 
         (["algo=nca", "reward=contrastive"], "use source=rollout"),
         (["algo=nca", "source=rollout", "reward=contrastive"], "what they have in common means nothing to it"),
         (["algo=nca", "source=rollout", "kl=fixed", "reference=frozen"], "nca has no advantages"),
-        (["algo=grpo", "reward=hard"], "the logarithm of a label is no reward to be earned"),
+        (["algo=grpo", "reward=hard"], "the logarithm of a label is not a reward to be earned"),
         (["algo=fdpg", "target=classifier", "source.missing_eos_penalty=1"], "weights between 0 and 1"),
         (["algo=fdpg", "scorer=model", "scorer.path=x"], "no numbers between 0 and 1"),
         (["algo=fdpg", "reference.path=x", *TILTED], "λ is fitted on samples of the policy"),

@@ -471,7 +471,7 @@ def test_a_run_in_the_place_of_its_model_is_refused(
     trained: Path, model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = refused(capsys, *overrides(model, rows, tmp_path, *ONLINE, "scorer=model", f"scorer.path={trained}"))
-    assert f"scorer.path={trained}: a run, not a model; {trained / 'model'} would be right" in found
+    assert f"scorer.path={trained}: a run, not a model; use {trained / 'model'}." in found
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class Arguments:
             UserError: it cannot be composed, or is one of several (`-m`), which are for `align train` to compose.
         """
         if self.multirun:
-            raise UserError("-m, --multirun: only align train takes it; one value for each key would be right here.")
+            raise UserError("-m, --multirun: only align train takes it; give one value for each key here.")
         return config.compose(primary, self.overrides, self.config_dirs)
 
     def print_config(self, primary: str = "train") -> None:
@@ -102,7 +102,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             near = config.did_you_mean(flag, [*SWITCHES, *named])
             problems.append(f"{argument}: no such option.{near} See align --help.")
         elif "=" not in argument and not argument.startswith("~"):
-            problems.append(f"{argument}: key=value would be right, such as algo=nca or train.lr=1e-6.")
+            problems.append(f"{argument}: write key=value, such as algo=nca or train.lr=1e-6.")
         else:
             overrides.append(argument)
     if problems:

@@ -15,9 +15,7 @@ def main(argv: list[str]) -> int:
     """
     given = arguments.parse(argv)
     if given.multirun and given.show_config:
-        raise UserError(
-            "-m --cfg: each job has a configuration of its own; --cfg with one value for each key would be right."
-        )
+        raise UserError("-m --cfg: each job has a configuration of its own; use --cfg with one value for each key.")
     if given.multirun:
         return sweep.sweep(given.overrides, given.config_dirs)
     if given.show_config:

@@ -83,7 +83,7 @@ def refuse_other_formats(folder: Path) -> None:
         UserError: the folder has none that are.
     """
     if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder}: it has no {WEIGHTS}; adapters in safetensors would be right.")
+        raise UserError(f"{folder}: it has no {WEIGHTS}; use adapters in safetensors.")
 
 
 def merged(network: PreTrainedModel, folder: str) -> PreTrainedModel:

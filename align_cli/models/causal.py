@@ -311,20 +311,20 @@ def read_architecture(model: Model) -> Any:
     """The model's transformers configuration, never running code that comes with it."""
     if (Path(model.path) / "adapter_config.json").is_file() and not (Path(model.path) / "config.json").is_file():
         raise UserError(
-            f"model.path={model.path}: holds adapters without their model. `align export RUN FOLDER` merges a run's "
-            "adapters into a folder that would be right."
+            f"model.path={model.path}: holds adapters without their model. Use the folder into which "
+            "`align export RUN FOLDER` merges a run's adapters."
         )
     if not model.path or (model.path.startswith((".", "/", "~")) and not Path(model.path).is_dir()):
         raise UserError(f"model.path={model.path}: there is no such folder (seen from {Path.cwd()}).")
     if (Path(model.path) / "model" / "config.json").is_file() and not (Path(model.path) / "config.json").is_file():
-        raise UserError(f"model.path={model.path}: a run, not a model; {Path(model.path) / 'model'} would be right.")
+        raise UserError(f"model.path={model.path}: a run, not a model; use {Path(model.path) / 'model'}.")
     try:
         config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path={model.path}: no model can be read there: {_first_line(error)} "
-            "A folder with config.json and safetensors, or a hub id that can be reached, would be right; a model's own "
-            "code is never run."
+            "Use a folder with config.json and safetensors, or a hub id that can be reached; a model's own code is "
+            "never run."
         ) from error
     return config
 
@@ -342,7 +342,7 @@ def _refuse_pickles(path: str) -> None:
         return
     pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     found = f"only {', '.join(pickles)}, which can run code when read" if pickles else "no weights"
-    raise UserError(f"model.path={path}: found {found}. Weights in safetensors would be right.")
+    raise UserError(f"model.path={path}: found {found}. Use weights in safetensors.")
 
 
 def _first_line(error: BaseException) -> str:

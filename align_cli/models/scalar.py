@@ -53,7 +53,7 @@ def classifier(config: Any, path: str) -> Any:
     except KeyError as error:
         raise UserError(
             f"model.path={path}: transformers has no sequence classifier of the model type '{config.model_type}', "
-            "which a reward model is. Another family would be right."
+            "which a reward model is. Use another family."
         ) from error
     if is_reward_model(config) and config.num_labels != 1:
         raise UserError(
@@ -81,8 +81,8 @@ def load_reward_model(model: Model, *, dtype: torch.dtype) -> PreTrainedModel:
     head = dict(network.named_children()).get(SCORE)
     if type(head) is not nn.Linear:
         raise UserError(
-            f"model.path={model.path}: {kind.__name__} has no linear head named '{SCORE}'. A family whose classifier "
-            "has one would be right; those of causal language models mostly do."
+            f"model.path={model.path}: {kind.__name__} has no linear head named '{SCORE}'. Use a family whose "
+            "classifier has one; those of causal language models mostly do."
         )
     fresh = {f"{SCORE}.{name}" for name, _ in head.named_parameters()}
     if not is_reward_model(config) and absent == fresh:
