@@ -255,7 +255,7 @@ def rows(groups: Mapping[str, Sequence[Run]], metric: str, base: str | None, lef
     if not having:
         raise UserError(f"metric={metric}: no run has such a figure.{near(metric, groups)}")
     if len(having) < 2:
-        raise UserError(f"metric={metric}: only {next(iter(having))} has it; two groups that have it would be right.")
+        raise UserError(f"metric={metric}: only {next(iter(having))} has it; give two groups that have it.")
     if base is not None and base not in having:
         raise UserError(f"metric={metric}: {base}, which against= names, has no such figure; {next(iter(having))} has.")
     for run in itertools.chain.from_iterable(groups.values()):

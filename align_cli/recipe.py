@@ -298,7 +298,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(node, dict):
-        raise UserError(f"{path}: {type(node).__name__} is no recipe; title, paper, scales and expect would be right.")
+        raise UserError(f"{path}: {type(node).__name__} is not a recipe; give title, paper, scales and expect.")
     return node
 
 
@@ -315,7 +315,7 @@ def results(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); removed, `align reproduce` makes it again.") from error
     if not isinstance(told, dict) or "expectations" not in told:
-        raise UserError(f"{path} holds no results of a reproduction; another folder would be right.")
+        raise UserError(f"{path} holds no results of a reproduction; use another folder.")
     return told
 
 
@@ -359,7 +359,7 @@ def load(name: str) -> Recipe:
 def _checked(target: Any, node: Any, where: str, problems: list[str], **injected: Any) -> Any:
     """`target` with the keys of a node, those that may be absent as None; None where something is wrong."""
     if not isinstance(node, Mapping):
-        problems.append(f"{where}={config.shown(node)}: a section with keys would be right.")
+        problems.append(f"{where}={config.shown(node)}: give a section with keys.")
         return None
     hints = typing.get_type_hints(target)
     free = {name: None for name in config.options(target) if name not in injected and _may_be_none(hints[name])}
@@ -385,7 +385,7 @@ def _scale(name: str, given: Mapping[str, Any], shared: Sequence[str], problems:
     if found is None:
         return None
     if (found.runs is None) == (found.study is None):
-        problems.append(f"{where}: either runs or a study would be right.")
+        problems.append(f"{where}: give either runs or a study.")
     if found.study is not None and (found.common or found.evaluate):
         problems.append(f"{where}: common and evaluate are of runs; a study takes options.")
     if found.study is None and found.options is not None:
@@ -394,7 +394,7 @@ def _scale(name: str, given: Mapping[str, Any], shared: Sequence[str], problems:
     for run, overrides in (found.runs or {}).items():
         runs += _expanded(str(run), overrides, found.common or [], f"{where}.runs.{run}", problems)
     if found.runs is not None and not found.runs:
-        problems.append(f"{where}.runs: at least one run would be right.")
+        problems.append(f"{where}.runs: give at least one run.")
     problems += _circles(runs, where)
     problems += _unknown_choices(found.evaluate or [], where)
     study = None if found.study is None else Study(found.study, found.options or {})
@@ -410,11 +410,11 @@ def _expanded(name: str, given: Any, common: Sequence[str], where: str, problems
     own = given["sweep"] if sweeps else given
     if not isinstance(own, list) or not all(isinstance(each, str) for each in own):
         commas = " A comma parts the items of a list, so that values with commas need quotes." if own else ""
-        told = "a list of overrides, or {sweep: [...]}, would be right"
+        told = "give a list of overrides, or {sweep: [...]}"
         problems.append(f"{where}={config.shown(given)}: {told}.{commas}")
         return []
     if not _NAME.fullmatch(name):
-        problems.append(f"{where}: letters, digits, dots, dashes and underscores would be right in a run's name.")
+        problems.append(f"{where}: use letters, digits, dots, dashes and underscores in a run's name.")
         return []
     for override in (*common, *own):
         if _OWN.match(override):
@@ -480,7 +480,7 @@ def _unknown_choices(chosen: Sequence[str], where: str) -> list[str]:
         f"{where}.evaluate: {name}: no such evaluation.{config.did_you_mean(name, there)} There are {', '.join(there)}."
         for name in names
         if name not in there
-    ] + [f"{where}.evaluate: {name}: once would be right." for name in set(names) if names.count(name) > 1]
+    ] + [f"{where}.evaluate: {name}: name it once." for name in set(names) if names.count(name) > 1]
 
 
 def evaluation(line: str) -> list[str]:
@@ -501,7 +501,7 @@ _SHOWN = "below: NUMBER, above: NUMBER, within: [LOW, HIGH], equal: {value: NUMB
 
 def _expectation(node: Any, where: str, scales: Mapping[str, Scale], problems: list[str]) -> Iterator[Expectation]:
     if not isinstance(node, Mapping):
-        problems.append(f"{where}={config.shown(node)}: a section with keys would be right.")
+        problems.append(f"{where}={config.shown(node)}: give a section with keys.")
         return
     if "is" not in node:
         problems.append(f"{where}.is is missing: {_SHOWN}, rising or falling.")
@@ -516,13 +516,13 @@ def _expectation(node: Any, where: str, scales: Mapping[str, Scale], problems: l
     if trend != (found.over is not None):
         problems.append(f"{where}: over: [RUN, ...] and is: rising or falling belong together.")
     if found.over is not None and (found.of or found.less or len(found.over) < 2):
-        problems.append(f"{where}.over: two or more runs, without of and less, would be right.")
+        problems.append(f"{where}.over: give two or more runs, without of and less.")
     if found.since is not None and any(s.study is not None for name, s in scales.items() if found.at(name)):
         problems.append(f"{where}.since: it is of runs; a study gives the figure that is meant.")
     if found.less is not None and found.of is None:
         problems.append(f"{where}.less: of which run it is taken, of: RUN says.")
     if trend and found.kind == "exact":
-        problems.append(f"{where}.kind: a trend over runs is measured; paper or ours would be right.")
+        problems.append(f"{where}.kind: a trend over runs is measured; use paper or ours.")
     for name in SCALES:
         if found.at(name) and name in scales:
             problems += _unknown_runs(found, scales[name], where)
@@ -553,7 +553,7 @@ def _wanted(node: Any, where: str, problems: list[str]) -> Range | Trend | None:
     if key == "equal" and isinstance(value, Mapping):
         found = _checked(_Equal, value, f"{where}.equal", problems)
         if found is not None and found.tolerance < 0:
-            problems.append(f"{where}.equal.tolerance={found.tolerance}: 0 or more would be right.")
+            problems.append(f"{where}.equal.tolerance={found.tolerance}: use 0 or more.")
         return None if found is None else Range(found.value - found.tolerance, found.value + found.tolerance, False)
     if key in ("below", "above") and _is_number(value):
         bound = float(value)
@@ -561,9 +561,9 @@ def _wanted(node: Any, where: str, problems: list[str]) -> Range | Trend | None:
     if key == "within" and isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)):
         low, high = value
         if low > high:
-            problems.append(f"{where}.within={value}: it is upside down; [{high}, {low}] would be right.")
+            problems.append(f"{where}.within={value}: it is upside down; use [{high}, {low}].")
         return Range(low, high, False)
-    problems.append(f"{where}={config.shown(node)}: {_SHOWN}, rising or falling would be right.")
+    problems.append(f"{where}={config.shown(node)}: use {_SHOWN}, rising or falling.")
     return None
 
 
@@ -574,7 +574,7 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 def _drawing(node: Any, where: str, scales: Mapping[str, Scale], problems: list[str]) -> list[Drawing]:
     if not isinstance(node, Mapping) or len(node) != 1 or next(iter(node)) not in DRAWINGS:
         told = ", ".join(f"{{{name}: {{...}}}}" for name in DRAWINGS)
-        problems.append(f"{where}={config.shown(node)}: one of {told} would be right.")
+        problems.append(f"{where}={config.shown(node)}: use one of {told}.")
         return []
     ((kind, options),) = node.items()
     found: Drawing | None = _checked(DRAWINGS[kind], options, f"{where}.{kind}", problems)

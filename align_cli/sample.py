@@ -83,9 +83,9 @@ def read(path: Path, limit: int | None) -> list[Record]:
     """
     if not path.is_file():
         what = "a folder" if path.is_dir() else f"not there (seen from {Path.cwd()})"
-        raise UserError(f"{path} is {what}; a file of prompts would be right.")
+        raise UserError(f"{path} is {what}; give a file of prompts.")
     if not rows.looks_like_file(str(path)):
-        raise UserError(f"{path}: a file of another kind; {', '.join(rows.READERS)} would be right.")
+        raise UserError(f"{path}: a file of another kind; use one of {', '.join(rows.READERS)}.")
     found: list[Record] = []
     for where, row in islice(rows.from_files([path], str(path)).rows(), limit):
         try:
@@ -95,7 +95,7 @@ def read(path: Path, limit: int | None) -> list[Record]:
         except RowError as error:
             raise UserError(f"{where}: {error}") from error
     if not found:
-        raise UserError(f'{path} has no rows; a prompt a line, as {{"prompt": ...}}, would be right.')
+        raise UserError(f'{path} has no rows; write one prompt per line, as {{"prompt": ...}}.')
     return found
 
 
@@ -108,9 +108,7 @@ def asked_of(subject: Subject, records: list[Record], options: Options) -> Asked
     own = None if subject.config is None else subject.config["data"]
     name, system = options.template, options.system
     if name == "chat" and not subject.tokenizer.chat_template:
-        raise UserError(
-            f"template=chat: the tokenizer of {subject.name} has no chat template; template=text would be right."
-        )
+        raise UserError(f"template=chat: the tokenizer of {subject.name} has no chat template; use template=text.")
     if own is not None:
         name = own["template"] if name == "auto" else name
         system = own["system"] if system is None else system
@@ -123,7 +121,7 @@ def asked_of(subject: Subject, records: list[Record], options: Options) -> Asked
         if subject.positions is not None and len(written.prompt) >= subject.positions:
             raise UserError(
                 f"{record.where}: the prompt has {len(written.prompt):,} tokens, and {subject.name} has "
-                f"{subject.positions:,} positions; a shorter prompt would be right."
+                f"{subject.positions:,} positions; use a shorter prompt."
             )
         groups.append(Group(index, written.prompt, (), np.zeros(0, np.float32), record.where))
     return Asked(records, groups, template)
@@ -225,15 +223,15 @@ def refuse_unwritable(out: Path) -> None:
         UserError: and why.
     """
     if out.suffix != SUFFIX:
-        raise UserError(f"{out}: a name that ends with {SUFFIX} would be right, by which training knows the kind.")
+        raise UserError(f"{out}: use a name that ends with {SUFFIX}, by which training knows the kind.")
     if out.is_dir():
-        raise UserError(f"{out} is a folder; a file would be right.")
+        raise UserError(f"{out} is a folder; give a file.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out.parent} cannot be made: {error.strerror}; another folder would be right.") from error
+        raise UserError(f"{out.parent} cannot be made: {error.strerror}; use another folder.") from error
     if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{out.parent} cannot be written; another folder would be right.")
+        raise UserError(f"{out.parent} cannot be written; use another folder.")
 
 
 def is_there(out: Path, wanted: Tree) -> bool:
@@ -249,12 +247,12 @@ def is_there(out: Path, wanted: Tree) -> bool:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         told = None
     if not isinstance(told, Mapping) or not isinstance(told.get("made_of"), Mapping):
-        raise UserError(f"{out} is there, and nothing beside it tells of what samples; another file would be right.")
+        raise UserError(f"{out} is there, and nothing beside it tells of what samples; use another file.")
     differing = rundir.differences(told["made_of"], wanted)
     if differing:
-        raise UserError(f"{out} holds other samples ({'; '.join(differing)}); another file would be right.")
+        raise UserError(f"{out} holds other samples ({'; '.join(differing)}); use another file.")
     if told.get("digest") != digest_of(out.read_bytes()):
-        raise UserError(f"{out} has been changed since it was written; another file would be right.")
+        raise UserError(f"{out} has been changed since it was written; use another file.")
     return True
 
 

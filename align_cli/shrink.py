@@ -50,7 +50,7 @@ def shrunken(recipe: Recipe, scale: str, experiments: Mapping[str, Experiment], 
     chosen = recipe.scales[scale]
     missing = sorted({_rows(rows, each) for each in experiments.values()} - set(rows.glob("*.jsonl")))
     if missing:
-        raise UserError(f"shrink={rows}: {', '.join(path.name for path in missing)} would be right there.")
+        raise UserError(f"shrink={rows}: put {', '.join(path.name for path in missing)} there.")
     runs = tuple(_small(run, experiments[run.name], rows, folder) for run in chosen.runs)
     small = replace(chosen, runs=runs, evaluate=())
     return replace(recipe, scales={**recipe.scales, scale: small})

@@ -172,7 +172,7 @@ def test_what_cannot_be_answered_is_one_sentence(
     for words, sentence in (
         ((str(tmp_path / "nothing"),), "there is no such run directory or model's folder"),
         ((str(rater),), "a reward model, which writes no responses"),
-        ((model, "--against"), "one run or model would be right"),
+        ((model, "--against"), "--against: give one run or model"),
         ((model, "temperature=-1"), "temperature=-1: input should be greater than or equal to 0."),
         ((model, "tokens=2"), "tokens: no such key."),
         ((str(plain), "system=x"), "no system message"),

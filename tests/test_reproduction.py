@@ -248,13 +248,13 @@ def test_a_plan_prints_the_commands_and_starts_nothing(
 def test_what_is_asked_wrongly_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {
         (): "align reproduce NAME",
-        ("nca/figure5", "nca/figure5"): "one recipe at a time",
-        ("nca/figure5", "scale=large"): "scale=large: tiny or paper",
-        ("nca/figure5", "seeds=0"): "seeds=0: a whole number from 1",
-        ("nca/figure5", "jobs=x"): "jobs=x: a whole number from 1",
+        ("nca/figure5", "nca/figure5"): "give one recipe at a time",
+        ("nca/figure5", "scale=large"): "scale=large: use tiny or paper",
+        ("nca/figure5", "seeds=0"): "seeds=0: use a whole number from 1",
+        ("nca/figure5", "jobs=x"): "jobs=x: use a whole number from 1",
         ("nca/figure5", "sedes=3"): "Did you mean 'seeds'?",
         ("nca/figure5", "--paln"): "Did you mean '--plan'?",
-        ("nca/figure5", "dir="): "dir=: a folder",
+        ("nca/figure5", "dir="): "dir=: give a folder",
         ("nca/figure5", "--config-dir"): "--config-dir needs a folder",
         ("nca/figure5", "--plugin="): "--plugin needs a package",
         ("nca/figgure5",): "Did you mean 'nca/figure5'?",
@@ -353,7 +353,7 @@ def test_a_recipe_of_each_paper_runs_in_small_from_end_to_end(
 def test_rows_that_are_not_there_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["reproduce", "nca/table3", "scale=paper", f"shrink={tmp_path}", f"dir={tmp_path / 'out'}"]
     assert align(*given) == exits.USER
-    assert "ultrainteract.jsonl would be right there" in capsys.readouterr().err
+    assert "ultrainteract.jsonl there" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

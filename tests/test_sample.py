@@ -105,7 +105,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
         capsys.readouterr()
         assert align(*words, other) == exits.USER
         (line,) = capsys.readouterr().err.splitlines()
-        assert told in line and "another file would be right" in line
+        assert told in line and "use another file." in line
     assert (out.stat().st_mtime_ns, out.read_bytes()) == (stamp, content)
     out.write_bytes(content + b"{}\n")
     assert align(*words) == exits.USER
@@ -169,17 +169,17 @@ def test_what_cannot_be_sampled_is_one_sentence(
         ((str(tmp_path / "bare"), prompts, out), "neither a run directory"),
         ((str(rater), prompts, out), "a reward model, which writes no responses"),
         ((model, str(tmp_path / "none.jsonl"), out), "none.jsonl is not there"),
-        ((model, str(tmp_path), out), "is a folder; a file of prompts would be right"),
+        ((model, str(tmp_path), out), "is a folder; give a file of prompts."),
         ((model, str(tmp_path / "prompts.txt"), out), "a file of another kind"),
         ((model, str(empty), out), "has no rows"),
         ((model, str(malformed), out), "malformed.jsonl:2: prompt is int '7' where a text should be"),
         ((model, str(long), out), "long.jsonl:2: the prompt has"),
-        ((model, prompts, str(tmp_path / "bare")), "a name that ends with .jsonl would be right"),
+        ((model, prompts, str(tmp_path / "bare")), "use a name that ends with .jsonl"),
         ((model, prompts, str(tmp_path / "file" / "out.jsonl")), "cannot be made"),
         ((model, prompts), "come first: align sample"),
         ((model, prompts, out, "samples=0"), "samples=0: input should be greater than or equal to 1."),
         ((model, prompts, out, "sample=2"), "sample: no such key. Did you mean 'samples'?"),
-        ((model, prompts, out, "temperature=0"), "samples=1 would be right"),
+        ((model, prompts, out, "temperature=0"), "use samples=1."),
         ((model, prompts, out, "scorer=matches"), "scorer.pattern has to be given"),
         ((model, prompts, out, "scorer=match"), "Did you mean 'matches'?"),
     ):
@@ -189,4 +189,4 @@ def test_what_cannot_be_sampled_is_one_sentence(
     assert not Path(out).exists()
     (tmp_path / "out.jsonl").mkdir()
     assert align("sample", model, prompts, out) == exits.USER
-    assert "is a folder; a file would be right" in capsys.readouterr().err
+    assert "is a folder; give a file." in capsys.readouterr().err

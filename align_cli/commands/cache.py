@@ -159,7 +159,7 @@ def shown(count: int) -> str:
 def verify(given: argparse.Namespace) -> int:
     """Check every shard against its digest and measure a random sample again; 1 if something is not what it was."""
     if given.sample < 0:
-        raise UserError(f"--sample {given.sample}: a number from 0 on would be right.")
+        raise UserError(f"--sample {given.sample}: use a number from 0 on.")
     wanted = references()
     if given.folder is not None:
         path = Path(given.folder)

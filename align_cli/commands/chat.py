@@ -76,7 +76,7 @@ def named(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         other = value if equals else words.pop(0) if words else ""
         if not other or ("=" in other and not Path(other).exists()) or len(names) > 1:
-            raise UserError(f"--against: one run or model would be right: {USAGE}")
+            raise UserError(f"--against: give one run or model: {USAGE}")
         names.append(other)
     return names, rest
 

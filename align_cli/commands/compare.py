@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     if len(groups) < 2:
         tell(left_out)
         what = f"the finished runs ({len(runs)}) differ in nothing but their seed" if runs else "no run has finished"
-        raise UserError(f"{what}; finished runs of at least two configurations would be right.")
+        raise UserError(f"{what}; give finished runs of at least two configurations.")
     base = named(against, list(groups)) if against is not None else None
     unlike: list[tuple[str, str]] = []
     paths = {label: [run.path for run in runs] for label, runs in groups.items()}
@@ -95,7 +95,7 @@ def split(given: Sequence[str]) -> tuple[list[str], list[str], str | None]:
             against.append(value)
         elif not Path(word).is_dir():
             near = did_you_mean(f"{key}=", OPTIONS[:2]) if "=" in word else ""
-            raise UserError(f"{word}: there is no such folder.{near} A run directory or a sweep's would be right.")
+            raise UserError(f"{word}: there is no such folder.{near} Give a run directory or a sweep's.")
         else:
             folders.append(word)
     if "" in metrics or against.count("") or len(against) > 1:

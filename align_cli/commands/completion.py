@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     if argv == ["query=bash"]:
         terminal.result("\n".join(complete(os.environ.get("COMP_LINE", ""))))
         return exits.DONE
-    raise UserError('completion: eval "$(align -sc install=bash)" would be right.')
+    raise UserError('completion: use eval "$(align -sc install=bash)".')
 
 
 def complete(line: str) -> list[str]:

@@ -31,5 +31,5 @@ def main(argv: list[str]) -> int:
 def _index(places: list[str]) -> int:
     text = places[-1].partition("=")[2] if places else "0"
     if not text.isdigit():
-        raise UserError(f"index={text}: a number from 0 on would be right.")
+        raise UserError(f"index={text}: use a number from 0 on.")
     return int(text)

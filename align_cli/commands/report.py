@@ -74,13 +74,13 @@ def split(given: Sequence[str]) -> tuple[list[str], str | None, str | None]:
         key, equals, value = word.partition("=")
         if equals and f"{key}=" in OPTIONS:
             if not value or key in options:
-                raise UserError(f"{word}: one {'file' if key == 'out' else 'name'} after {key}= would be right.")
+                raise UserError(f"{word}: give one {'file' if key == 'out' else 'name'} after {key}=.")
             options[key] = value
         elif Path(word).is_dir():
             folders.append(word)
         else:
             near = did_you_mean(f"{key}=", OPTIONS) if equals else ""
-            raise UserError(f"{word}: there is no such folder.{near} A run directory or a sweep's would be right.")
+            raise UserError(f"{word}: there is no such folder.{near} Give a run directory or a sweep's.")
     if not folders:
         raise UserError("align report needs a run directory, or a folder of runs such as a sweep's.")
     return folders, options.get("out"), options.get("metric")
@@ -97,13 +97,13 @@ def _where(folders: Sequence[str], out: str | None) -> Path:
     usual = OF_RUNS if Path(folders[0], RESULTS).is_file() else PAGE
     path = Path(folders[0], usual) if out is None else Path(out)
     if path.is_dir():
-        raise UserError(f"out={path} is a folder; a file in it, such as out={path / PAGE}, would be right.")
+        raise UserError(f"out={path} is a folder; give a file in it, such as out={path / PAGE}.")
     if not path.parent.is_dir():
         raise UserError(f"out={path}: there is no folder {path.parent}.")
     if path.exists():
         with open(path, "rb") as file:
             if page.GENERATOR.encode() not in file.read(HEAD):
-                raise UserError(f"{path} exists and is no page of align report; another out= would be right.")
+                raise UserError(f"{path} exists and is not a page of align report; use another out=.")
     return path
 
 

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     if "--list" in asked.flags:
         return listed()
     if asked.name is None:
-        raise UserError(f"{USAGE} would be right. `align reproduce --list` lists the recipes.")
+        raise UserError(f"give the name or file of a recipe: {USAGE}. `align reproduce --list` lists the recipes.")
     from align_cli.commands import reproducing  # here, so that recipes are listed without it
 
     return reproducing.reproduce(asked, asked.name, HOME)
@@ -82,14 +82,14 @@ def parse(argv: Sequence[str]) -> Asked:
         else:
             names.append(word)
     if len(names) > 1:
-        problems.append(f"{' '.join(names)}: one recipe at a time would be right.")
+        problems.append(f"{' '.join(names)}: give one recipe at a time.")
     counts = {key: _count(key, given[key], problems) for key in ("seeds", "jobs") if key in given}
     scale = given.get("scale", SCALES[0])
     if scale not in SCALES:
-        problems.append(f"scale={scale}: {' or '.join(SCALES)} would be right.")
+        problems.append(f"scale={scale}: use {' or '.join(SCALES)}.")
     for key in ("dir", "shrink"):
         if given.get(key) == "":
-            problems.append(f"{key}=: a folder would be right.")
+            problems.append(f"{key}=: give a folder.")
     if problems:
         raise UserError("\n".join(problems))
     config.use(folders[PLUGINS])
@@ -108,7 +108,7 @@ def parse(argv: Sequence[str]) -> Asked:
 def _count(key: str, value: str, problems: list[str]) -> int | None:
     if re.fullmatch(r"[1-9]\d{0,5}", value):
         return int(value)
-    problems.append(f"{key}={value}: a whole number from 1 on would be right.")
+    problems.append(f"{key}={value}: use a whole number from 1 on.")
     return None
 
 

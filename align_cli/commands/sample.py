@@ -52,8 +52,7 @@ def check(tree: Tree) -> list[str]:
     problems = config.check(Options, own, "")
     if not problems and tree["temperature"] == 0 and tree["samples"] > 1:
         problems.append(
-            f"samples={tree['samples']} temperature=0: all samples of a prompt would be the same; samples=1 would be "
-            "right."
+            f"samples={tree['samples']} temperature=0: all samples of a prompt would be the same; use samples=1."
         )
     if tree.get("scorer") is not None:
         try:

@@ -22,12 +22,11 @@ def main(argv: list[str]) -> int:
         terminal.result(f"{USAGE}\n\nOne seed of a study on an enumerable model; with out=FILE, kept there.")
         return exits.DONE
     if not argv or argv[0].startswith("-") or "=" in argv[0]:
-        raise UserError(f"{USAGE} would be right.")
+        raise UserError(f"give the name of a study: {USAGE}.")
     given = arguments.parse(argv[1:])
     if given.multirun or given.show_config or given.folders:
         raise UserError(
-            "-m, --cfg and --config-dir are of commands with a configuration; a study has options alone. "
-            f"{USAGE} would be right."
+            f"-m, --cfg and --config-dir are of commands with a configuration; a study has options alone. Use {USAGE}."
         )
     options: dict[str, Any] = {}
     for override in given.overrides:
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{override}: cannot be read as YAML.") from error
     seed, out = options.pop("seed", 0), options.pop("out", None)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise UserError(f"seed={config.shown(seed)}: 0 or a larger whole number would be right.")
+        raise UserError(f"seed={config.shown(seed)}: use 0 or a larger whole number.")
     with exits.terminable():
         figures = study.make(argv[0], options, seed, None if out is None else Path(str(out)))
     width = max(map(len, figures), default=0)

@@ -121,7 +121,7 @@ def write(path: Path, title: str, sections: Sequence[Section]) -> None:
     try:
         rundir.write_atomic(path, render(title, sections))
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; another file would be right.") from error
+        raise UserError(f"{path} cannot be written: {error.strerror}; use another file.") from error
 
 
 def render(title: str, sections: Sequence[Section]) -> str:
