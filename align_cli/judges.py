@@ -74,7 +74,7 @@ def endpoint() -> Endpoint:
     url = own or usual or OPENAI
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{URLS[0] if own else URLS[1]}={url}: an address such as http://127.0.0.1:8000/v1 is right.")
+        raise UserError(f"{URLS[0] if own else URLS[1]}={url}: use an address such as http://127.0.0.1:8000/v1.")
     names = KEYS[:1] if own else KEYS
     key = next(filter(None, (os.environ.get(name, "").strip() for name in names)), None)
     if key is None and url == OPENAI:
@@ -83,9 +83,9 @@ def endpoint() -> Endpoint:
             f"{parts.hostname}; a server of one's own on {URLS[0]}=http://127.0.0.1:8000/v1 needs no key."
         )
     if key is not None and not (key.isascii() and key.isprintable()):
-        raise UserError("the judge's key holds what no header can: plain ASCII characters would be right.")
+        raise UserError("the judge's key holds what no header can: use plain ASCII characters.")
     if key is not None and parts.scheme == "http" and not _is_loopback(parts.hostname):
-        terminal.warn(f"the judge's key goes to {parts.hostname} unencrypted; an https address would be right")
+        terminal.warn(f"the judge's key goes to {parts.hostname} unencrypted; use an https address")
     return Endpoint(url, key)
 
 
@@ -253,11 +253,11 @@ class Judge:
         self.at = endpoint()
         named = model or os.environ.get(MODEL, "").strip()
         if not named:
-            raise UserError(f"no model judges: judge.model=NAME or {MODEL}=NAME would be right.")
+            raise UserError(f"no model judges: set judge.model=NAME or {MODEL}=NAME.")
         if max_cost is not None and (price_in is None or price_out is None):
             raise UserError(
-                f"judge.max_cost={max_cost:g} needs prices: judge.price_in and judge.price_out, dollars for a million "
-                "tokens, would be right."
+                f"judge.max_cost={max_cost:g} needs prices: set judge.price_in and judge.price_out, dollars for a "
+                "million tokens."
             )
         self.manner = Manner(model=named, temperature=temperature, max_tokens=max_tokens, limit=limit)
         self.prices = Prices(given=price_in, made=price_out, most=max_cost)
@@ -476,7 +476,7 @@ class Judge:
         status, reason = error.status_code, _message(error)
         if status in (401, 403):
             raise _Halt(
-                f"{self.at.host} does not take the key ({status}: {reason}); {KEYS[0]} would hold the right one.",
+                f"{self.at.host} does not take the key ({status}: {reason}); set the right one in {KEYS[0]}.",
                 mistake=True,
             )
         if status == 404:

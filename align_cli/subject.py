@@ -197,7 +197,7 @@ class Subject:
         if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
                 f"{key}={other.name}: its tokenizer has other tokens than that of {self.name}; the same token ids "
-                "would mean something else to it. A model of the same family would be right."
+                "would mean something else to it. Use a model of the same family."
             )
 
     # --- what it reads
@@ -211,8 +211,8 @@ class Subject:
         kind: Literal["chat", "text"] = "text" if isinstance(prompt, str) else "chat"
         if kind == "chat" and not self.tokenizer.chat_template:
             raise UserError(
-                f"{self.name}: its tokenizer has no chat template, which messages need. eval.template=text, where the "
-                "evaluation has that, or a model with a template would be right."
+                f"{self.name}: its tokenizer has no chat template, which messages need. Use eval.template=text, where "
+                "the evaluation has that, or a model with a template."
             )
         if kind not in self._templates:
             self._templates[kind] = Template(self.tokenizer, template=kind, system=None)
@@ -247,8 +247,8 @@ class Subject:
     def _refuse_long(self, tokens: int, what: str) -> None:
         if self.positions is not None and tokens > self.positions:
             raise UserError(
-                f"{self.name}: {what} has {tokens} tokens; the model has {self.positions} positions. Fewer new tokens, "
-                "fewer examples in the prompt, or a model with more positions would be right."
+                f"{self.name}: {what} has {tokens} tokens; the model has {self.positions} positions. Use fewer new "
+                "tokens, fewer examples in the prompt, or a model with more positions."
             )
 
     # --- what it writes
@@ -256,7 +256,7 @@ class Subject:
     def refuse_reward_model(self) -> None:
         """Refuse to be asked for responses as a model that writes none."""
         if self.is_reward_model:
-            raise UserError(f"{self.name}: a reward model, which writes no responses. A language model would be right.")
+            raise UserError(f"{self.name}: a reward model, which writes no responses. Use a language model.")
 
     def ends(self, stops: Sequence[int]) -> list[int]:
         """The tokens that end a response: `stops`, and those that the tokenizer and the model name."""
@@ -426,7 +426,7 @@ class Subject:
             UserError: it is no reward model.
         """
         if not self.is_reward_model:
-            raise UserError(f"{self.name}: no reward model; one that algo=bradley_terry makes would be right.")
+            raise UserError(f"{self.name}: not a reward model; use one that algo=bradley_terry makes.")
         places: dict[str, list[int]] = {}
         for place, (prompt, _) in enumerate(pairs):
             places.setdefault(json.dumps(prompt), []).append(place)
@@ -510,7 +510,7 @@ def find(name: str, options: Generate) -> Subject:
         near = config.did_you_mean(name, [each for each in choices if each != "hf"])
         raise UserError(
             f"{name}: there is no such folder (seen from {Path.cwd()}), and no such model of the hub can be "
-            f"read.{near} A run directory, a model's folder, a hub id, or one of `align ls model` would be right."
+            f"read.{near} Use a run directory, a model's folder, a hub id, or one of `align ls model`."
         ) from error
     return found
 

@@ -225,7 +225,7 @@ def _cut_or_refused(answers: Sequence[Answer]) -> list[str]:
     refused = Counter(answer.finish for answer in answers if answer.text is None)
     cut = sum(answer.text is not None and answer.whole is None for answer in answers)
     notes = [f"{number} answers were refused: {why}." for why, number in refused.most_common()]
-    return [*notes, *([f"{cut} answers were cut; a larger judge.max_tokens would be right."] if cut else [])]
+    return [*notes, *([f"{cut} answers were cut; use a larger judge.max_tokens."] if cut else [])]
 
 
 def shown(answer: Answer) -> str:

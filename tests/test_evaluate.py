@@ -277,7 +277,7 @@ BAD: list[tuple[list[str], str]] = [
     (["{run}", "eval=diversity,loss", "eval.sampels=3"], "none of these evaluations has such an option"),
     (["{run}", "eval=loss", "eval.limit=0"], "eval.limit=0"),
     (["{run}", "eval=loss,loss"], "named twice"),
-    (["{run}", "eval="], "a name would be right"),
+    (["{run}", "eval="], "give a name"),
     (["{run}", "evl=loss"], "evl: no such key. Did you mean 'eval'?"),
     (["{run}", "eval=loss", "-m"], "eval=NAME,NAME"),
     (["{run}", "eval=mt_bench"], "judge=openai"),

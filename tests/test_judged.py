@@ -335,7 +335,7 @@ def test_math_counts_as_much_as_the_code_beside_it() -> None:
 
 def test_a_language_model_is_no_reward_model(tiny_model: Path) -> None:
     subject = Subject("tiny", str(tiny_model), options=OPTIONS)
-    with pytest.raises(UserError, match=r"no reward model, which eval=rewardbench"):
+    with pytest.raises(UserError, match=r"not a reward model, which eval=rewardbench"):
         rewardbench.rewardbench(subject, **options("rewardbench", path="nowhere"))
 
 

@@ -173,7 +173,7 @@ def test_what_a_model_cannot_do_is_said_in_a_sentence(subject: Subject) -> None:
         subject.respond([[{"role": "user", "content": "hi"}]], samples=1, temperature=1.0, max_new_tokens=4)
     with pytest.raises(UserError, match="128 positions"):
         asked(subject, max_new_tokens=500)
-    with pytest.raises(UserError, match="no reward model"):
+    with pytest.raises(UserError, match="not a reward model"):
         subject.scores([("1+1=", "2")])
 
 

@@ -157,7 +157,7 @@ def test_failures_are_counted() -> None:
     ratings = [verdicts.Rating(None, said("[[5]]", "length")), verdicts.Rating(5.0, said("[[5]]"))]
     assert verdicts.unread(ratings) == [
         "1 of 2 ratings could not be read and are left out.",
-        "1 answers were cut; a larger judge.max_tokens would be right.",
+        "1 answers were cut; use a larger judge.max_tokens.",
     ]
 
 

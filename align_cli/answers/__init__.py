@@ -102,7 +102,7 @@ class Checker:
             UserError: math-verify is not installed.
         """
         if importlib.util.find_spec("math_verify") is None:
-            raise UserError("math-verify is not installed; pip install 'align-cli[eval]' would be right.")
+            raise UserError("math-verify is not installed; run pip install 'align-cli[eval]'.")
         self.seconds = seconds
         self.version = f"math-verify {importlib.metadata.version('math-verify')}"
         self._worker: subprocess.Popen[bytes] | None = None

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         (out / results.FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}; another folder would be right.") from error
+        raise UserError(f"out={out} cannot be written: {error.strerror}; use another folder.") from error
     with exits.terminable():
         try:
             found = calibrate.calibrate(judge, **tree["calibrate"])
@@ -75,9 +75,9 @@ def check(tree: Tree) -> list[str]:
     problems = [f"{key}: no such key.{config.did_you_mean(key, known)}" for key in tree if key not in known]
     problems += config.check(calibrate.calibrate, tree["calibrate"], "calibrate")
     if tree.get("judge") is None:
-        problems.append("judge=null: a choice of conf/judge, such as judge=local, would be right.")
+        problems.append("judge=null: use a choice of conf/judge, such as judge=local.")
     else:
         problems += config.check(Judge, tree["judge"], "judge")
     if not isinstance(tree.get("out"), str) or not tree["out"]:
-        problems.append(f"out={config.shown(tree.get('out'))}: a folder would be right.")
+        problems.append(f"out={config.shown(tree.get('out'))}: give a folder.")
     return problems

@@ -129,7 +129,7 @@ def _words(named: Sequence[str], key: str) -> list[str]:
     """
     found = [name for word in named if word.startswith(key) for name in word.removeprefix(key).split(",")]
     if "" in found:
-        raise UserError(f"{key}: a name would be right; align ls {key.rstrip('=')} lists them.")
+        raise UserError(f"{key}: give a name; align ls {key.rstrip('=')} lists them.")
     return found
 
 
@@ -148,7 +148,7 @@ def suite(name: str, config_dirs: Sequence[str]) -> list[list[str]]:
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     lines = tree.get("evals") if isinstance(tree, dict) else None
     if not isinstance(lines, list) or not all(isinstance(line, str) and line.startswith("eval=") for line in lines):
-        raise UserError(f"{path}: a list `evals` with lines such as 'eval=gsm8k eval.shots=8' would be right.")
+        raise UserError(f"{path}: write a list `evals` with lines such as 'eval=gsm8k eval.shots=8'.")
     return [shlex.split(line) for line in lines]
 
 
@@ -191,16 +191,16 @@ def check(tree: Tree, runner: Callable[..., Result]) -> list[str]:
         problems += config.check(Judge, tree["judge"], "judge")
     if _asks_judge(runner) and tree.get("judge") is None:
         problems.append(
-            f"eval={tree['eval']['name']} asks a judge, and none is named; judge=openai judge.model=MODEL would be "
-            "right, for any endpoint of that kind."
+            f"eval={tree['eval']['name']} asks a judge, and none is named; use judge=openai judge.model=MODEL, for any "
+            "endpoint of that kind."
         )
     if "training" not in taken:
         surplus = [key for key in TRAINING if tree.get(key) is not None]
         problems += [f"{key}: eval={tree['eval']['name']} does not look at it." for key in surplus]
     if not isinstance(tree.get("again"), bool):
-        problems.append(f"again={config.shown(tree.get('again'))}: true or false would be right.")
+        problems.append(f"again={config.shown(tree.get('again'))}: use true or false.")
     if tree.get("out") is not None and (not isinstance(tree["out"], str) or not tree["out"]):
-        problems.append(f"out={config.shown(tree['out'])}: a folder would be right.")
+        problems.append(f"out={config.shown(tree['out'])}: give a folder.")
     return problems
 
 

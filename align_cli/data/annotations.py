@@ -102,7 +102,7 @@ def _annotated(row: Row, place: str) -> list[Published]:
 
 def _probability(value: float, what: str) -> float:
     if not 0 <= value <= 1:
-        raise RowError(f"{what} is {value:g}: a probability between 0 and 1 would be right")
+        raise RowError(f"{what} is {value:g}: use a probability between 0 and 1")
     return value
 
 

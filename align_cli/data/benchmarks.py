@@ -121,7 +121,7 @@ def _from_hub(benchmark: Benchmark) -> list[rows.Rows]:
     """From the hub or its local cache."""
     hub = benchmark.hub
     if hub is None:
-        raise UserError(f"its data is not on the hub; eval.path=FILE with {benchmark.source} would be right.")
+        raise UserError(f"its data is not on the hub; use eval.path=FILE with {benchmark.source}.")
     import datasets
 
     loaded: list[rows.Rows] = []
@@ -165,7 +165,7 @@ def read(labelled: Sequence[rows.Labelled], reader: Callable[[Row, str], T | Non
                 raise row
             one = reader(row, str(place))
         except RowError as error:
-            raise UserError(f"{where}: {error}; the schema that eval.rows names would be right.") from error
+            raise UserError(f"{where}: {error}; use the schema that eval.rows names.") from error
         if one is None:
             left_out += 1
         else:

@@ -87,7 +87,7 @@ def alpaca_eval(
         notes = [] if compared.lengths else ["the file has no outputs of the baseline: nothing is length-controlled."]
     elif judge is None:
         raise UserError(
-            "eval=alpaca_eval asks a judge, and none is named; judge=openai judge.model=MODEL would be right, or "
+            "eval=alpaca_eval asks a judge, and none is named; use judge=openai judge.model=MODEL, or "
             "eval.annotations=FILE for preferences that are published."
         )
     else:
@@ -198,8 +198,8 @@ def _table(path: str) -> dict[str, float]:
         return {str(place): float(row[COLUMN]) for place, row in enumerate(rows)}
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(
-            f"eval.difficulty={path}: {error}; a table with the column {COLUMN}, a number for each instruction in the "
-            "order of the benchmark, would be right."
+            f"eval.difficulty={path}: {error}; give a table with the column {COLUMN}, a number for each instruction in "
+            "the order of the benchmark."
         ) from error
 
 
@@ -210,7 +210,7 @@ def _fitted(path: str, ridge: float) -> dict[str, float]:
         if each.other is not None:
             by_model.setdefault(each.model, {})[each.dialogue[-1]["content"]] = each
     if len(by_model) < 2:
-        raise UserError(f"eval.difficulty={path}: annotations of {len(by_model)} models; two or more would be right.")
+        raise UserError(f"eval.difficulty={path}: annotations of {len(by_model)} models; give two or more.")
     shared = sorted(set.intersection(*(set(each) for each in by_model.values())))
     wins, features = [], []
     for each in by_model.values():

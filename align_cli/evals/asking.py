@@ -66,14 +66,12 @@ class Asked(_Backend):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not add_generation_prompt:
-            raise UserError(
-                "this task begins the answer itself, which a chat cannot; eval.template=text would be right."
-            )
+            raise UserError("this task begins the answer itself, which a chat cannot; use eval.template=text.")
         return CHAT + json.dumps(chat_history)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if any(_arguments(request)[0].startswith(CHAT) for request in requests):
-            raise UserError("this task compares likelihoods of texts; eval.template=text would be right.")
+            raise UserError("this task compares likelihoods of texts; use eval.template=text.")
         return super().loglikelihood(requests, disable_tqdm)
 
 

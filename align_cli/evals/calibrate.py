@@ -61,7 +61,7 @@ def calibrate(judge: Judge, *, path: NotEmpty, limit: Count | None, margin: Frac
     whole = annotations.pairs_of(published, margin=margin)
     pairs = drawn(whole, limit, seed)
     if not pairs:
-        raise UserError(f"{path}: no pair is decided by calibrate.margin={margin:g}; a smaller one would be right.")
+        raise UserError(f"{path}: no pair is decided by calibrate.margin={margin:g}; use a smaller one.")
     found = verdicts.compare(judge, [Contest(pair.dialogue, *pair.responses) for pair in pairs])
     rates = rates_of(pairs, found)
     made = {

@@ -62,9 +62,9 @@ def code(
         UserError: the tasks are not at hand, or a row cannot be read.
     """
     if "{task}" not in prompt:
-        raise UserError(f"eval.prompt={prompt!r}: a text with {{task}} in it would be right.")
+        raise UserError(f"eval.prompt={prompt!r}: give a text with {{task}} in it.")
     if not k or max(k) > samples:
-        raise UserError(f"eval.k={k}: numbers of at most eval.samples={samples} would be right.")
+        raise UserError(f"eval.k={k}: use numbers of at most eval.samples={samples}.")
     data = Benchmark(path=path, hub=hub, revision=revision, subset=subset, split=split, source=source)
     labelled, digest = benchmarks.load(data)
     tasks, _ = benchmarks.read(labelled[:limit], find("align_cli.data.benchmarks", rows, "eval", told="rows"))

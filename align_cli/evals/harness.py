@@ -53,7 +53,7 @@ def harness(
         UserError: there is no lm-eval, no such task, or its data is not at hand.
     """
     if include is not None and not Path(include).is_dir():
-        raise UserError(f"eval.include={include}: a folder with task files would be right.")
+        raise UserError(f"eval.include={include}: give a folder with task files.")
     chat = resolved(template, subject) == "chat"
     run = _inside if python is None else _outside
     told, version = run(subject, python, task, include, shots, limit, chat)
@@ -131,8 +131,8 @@ def _inside(
 ) -> tuple[Told, str]:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "lm-eval is not installed; pip install 'align-cli[eval]' would be right, or eval.python=PATH names an "
-            "environment that has it."
+            "lm-eval is not installed; run pip install 'align-cli[eval]', or name an environment that has it with "
+            "eval.python=PATH."
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval import evaluator
@@ -207,7 +207,7 @@ def _outside(
         try:
             ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         except OSError as error:
-            raise UserError(f"eval.python={python}: {error.strerror}; the path of a Python would be right.") from error
+            raise UserError(f"eval.python={python}: {error.strerror}; give the path of a Python.") from error
         found = sorted(Path(folder).rglob("results*.json"))
         if ended.returncode != 0 or not found:
             last = next((line for line in reversed(ended.stderr.splitlines()) if line.strip()), "no result")
@@ -234,7 +234,7 @@ def arguments(
     if subject.adapted:
         weights = {"pretrained": subject.base.path, "peft": weights["pretrained"]}
     if any("," in path for path in weights.values()):
-        raise UserError(f"{subject.path}: lm-eval takes no path with a comma; another name would be right.")
+        raise UserError(f"{subject.path}: lm-eval takes no path with a comma; use another name.")
     dtype = str(subject.dtype).removeprefix("torch.")
     model = ",".join(f"{key}={value}" for key, value in {**weights, "dtype": dtype}.items())
     seed = str(subject.options.seed)

@@ -134,5 +134,5 @@ def _baseline(
         return answers_of(subjects.find(name, subject.options))
     bare = [record.where for record in records if not record.responses]
     if bare:
-        raise UserError(f"eval.baseline=data: row {bare[0]} has no response; rows with responses, or a run, is right.")
+        raise UserError(f"eval.baseline=data: row {bare[0]} has no response; use rows with responses, or a run.")
     return [max(zip(record.ratings, record.responses, strict=True))[1] for record in records]

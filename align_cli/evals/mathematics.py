@@ -67,7 +67,7 @@ def mathematics(
         UserError: the questions are not at hand, or a row cannot be read.
     """
     if "{question}" not in prompt:
-        raise UserError(f"eval.prompt={prompt!r}: a text with {{question}} in it would be right.")
+        raise UserError(f"eval.prompt={prompt!r}: give a text with {{question}} in it.")
     reader = find("align_cli.data.benchmarks", rows, "eval", told="rows")
     data = Benchmark(path=path, hub=hub, revision=revision, subset=subset, split=split, source=source)
     labelled, digest = benchmarks.load(data)
@@ -129,7 +129,7 @@ def _examples(
         raise UserError(f"eval.shots={shots}: {data.name} has {len(examples)} examples.")
     unsolved = [each.id for each in examples if each.solution is None]
     if unsolved:
-        raise UserError(f"eval.shots={shots}: {rows} has no worked solutions to show; eval.shots=0 would be right.")
+        raise UserError(f"eval.shots={shots}: {rows} has no worked solutions to show; use eval.shots=0.")
     return examples, questions
 
 

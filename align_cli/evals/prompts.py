@@ -65,8 +65,8 @@ def held_out(subject: Subject, training: Training, *, limit: int | None, respons
     """
     if subject.config is None and "data" not in training.sections:
         raise UserError(
-            f"{subject.name}: a model that is no run has no data of its own; data=file data.path=FILE, or another "
-            "choice of `align ls data`, would be right."
+            f"{subject.name}: a model that is not a run has no data of its own; use data=file data.path=FILE, or "
+            "another choice of `align ls data`."
         )
     if subject.config is None and not responses:
         read, store, data = None, *_prompts(subject, training)
@@ -196,7 +196,7 @@ def start(subject: Subject) -> Subject:
         UserError: the subject is no run.
     """
     if subject.config is None:
-        raise UserError(f"{subject.name}: no run, so that nothing says what it started from; a model's name is right.")
+        raise UserError(f"{subject.name}: not a run, so that nothing says what it started from; use a model's name.")
     return Subject(START, start_of(subject.config), options=subject.options)
 
 

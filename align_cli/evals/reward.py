@@ -90,8 +90,8 @@ def scorer_of(subject: Subject, asked: HeldOut, training: Training) -> Tree:
     if asked.data.name == "toy":
         return OF_THE_WORLD
     raise UserError(
-        "nothing says how good a response is: scorer=model scorer.path=REWARD_MODEL, or a program such as "
-        "scorer=matches scorer.pattern=REGEX, would be right."
+        "nothing says how good a response is: use scorer=model scorer.path=REWARD_MODEL, or a program such as "
+        "scorer=matches scorer.pattern=REGEX."
     )
 
 
@@ -104,7 +104,7 @@ def _baseline(
         found = prompts.drawn(other, asked, samples=samples, temperature=temperature, max_new_tokens=max_new_tokens)
         return found.groups, [f"baseline: {note}" for note in prompts.tell_cut(found.responses)]
     if not all(group.responses for group in asked.groups):
-        raise UserError("eval.baseline=data: the run's data holds prompts alone; a run or model would be right.")
+        raise UserError("eval.baseline=data: the run's data holds prompts alone; use a run or model.")
     best = [int(np.argmax(group.ratings)) for group in asked.groups]
     groups = [
         Group(group.index, group.prompt, (group.responses[place],), group.ratings[[place]], group.where)

@@ -80,8 +80,8 @@ def rewardbench(
     """
     if not subject.is_reward_model:
         raise UserError(
-            f"{subject.name}: no reward model, which eval=rewardbench scores pairs with; a run of algo=bradley_terry, "
-            "or a folder of a sequence classifier with one label, would be right."
+            f"{subject.name}: not a reward model, which eval=rewardbench scores pairs with; use a run of "
+            "algo=bradley_terry, or a folder of a sequence classifier with one label."
         )
     data = Benchmark(path=path, hub=hub, revision=revision, subset=subset, split=split, source=source)
     labelled, digest = benchmarks.load(data)

@@ -26,7 +26,7 @@ def toy(subject: Subject, *, limit: Count | None, samples: Count, max_new_tokens
     """
     tree = subject.config or config.compose("train", ["model=tiny"])
     if tree.get("world") is None:
-        raise UserError(f"{subject.name}: a run without the embedded world; eval=loss or reward would be right.")
+        raise UserError(f"{subject.name}: a run without the embedded world; use eval=loss or reward.")
     made = world_of(World(**tree["world"]), terminal.say)
     prompts = [json.loads(line)["prompt"] for line in made.held_out.read_text(encoding="utf-8").splitlines()][:limit]
     sampled = subject.respond(prompts, samples=samples, temperature=1.0, max_new_tokens=max_new_tokens)

@@ -213,7 +213,7 @@ def opened(options: Code) -> Sandbox:
     if options.runner == "container":
         return _with_engine(options)
     if not sys.platform.startswith("linux"):
-        raise UserError("code.runner=process: works on Linux alone; code.runner=container would be right here.")
+        raise UserError("code.runner=process: works on Linux alone; use code.runner=container here.")
     problems: list[str] = []
     for level in ("namespaces", "user") if os.getuid() == 0 else ("namespaces",):
         sandbox = Sandbox(options, level, os.path.realpath(sys.executable))
@@ -229,7 +229,7 @@ def opened(options: Code) -> Sandbox:
         problems.append(f"{verdict.why} ({verdict.detail})")
     raise UserError(
         f"code.runner=process: this system does not keep a program apart ({'; '.join(problems)}); "
-        "code.runner=container, or a machine that allows namespaces, would be right."
+        "use code.runner=container, or a machine that allows namespaces."
     )
 
 

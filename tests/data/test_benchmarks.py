@@ -170,7 +170,7 @@ def test_data_that_is_not_at_hand_is_one_sentence_on_how_to_get_it(
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"hf download --repo-type dataset openai/gsm8k .* eval\.path=gsm8k"):
         benchmarks.load(at(None))
-    with pytest.raises(UserError, match=r"not on the hub; eval\.path=FILE with leetcode-test\.json"):
+    with pytest.raises(UserError, match=r"not on the hub; use eval\.path=FILE with leetcode-test\.json"):
         benchmarks.load(at(None, hub=None, source="leetcode-test.json"))
     with pytest.raises(UserError, match=r"eval\.path=.*/nowhere: there is no such file"):
         benchmarks.load(at(tmp_path / "nowhere"))

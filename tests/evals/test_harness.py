@@ -195,7 +195,7 @@ def test_an_unknown_task_names_the_nearest(reader_model: Path, monkeypatch: pyte
 
 
 def test_a_folder_of_task_files_has_to_be_there(reader_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"eval\.include=.*nowhere: a folder"):
+    with pytest.raises(UserError, match=r"eval\.include=.*nowhere: give a folder"):
         ask(reader_model, tmp_path / "nowhere", "gsm8k")
 
 

@@ -106,7 +106,7 @@ def test_what_cannot_be_asked_is_one_sentence(tmp_path: Path, more: dict[str, An
 
 def test_without_worked_solutions_there_are_no_examples(tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", [{"Body": "b", "Question": "q", "Answer": 1}] * 2)
-    with pytest.raises(UserError, match=r"svamp has no worked solutions to show; eval\.shots=0"):
+    with pytest.raises(UserError, match=r"svamp has no worked solutions to show; use eval\.shots=0"):
         ask([], rows, rows="svamp", shots=1)
 
 
