@@ -158,7 +158,7 @@ def find_manner(
             say(f"self-test: {told}")
             break
         if way == padded:
-            raise UserError(f"model.path={model.path}: {told}; it is no linear head on a response's last state.")
+            raise UserError(f"model.path={model.path}: {told}; it is not a linear head on a response's last state.")
         if model.rows in ("shared", "packed") and way.transform is None:
             raise UserError(f"model.rows={model.rows}: {told} under this architecture. Use model.rows=padded.")
         if distributed.rank() == 0:

@@ -108,7 +108,7 @@ def read_shard(path: Path) -> Shard:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0 or size % RECORD:
-            raise Damaged(f"{path}: {size} bytes are no whole figures")
+            raise Damaged(f"{path}: {size} bytes are not whole figures")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if digest(mapped) != path.stem:
         raise Damaged(f"{path}: its content is not what was written")

@@ -82,7 +82,7 @@ def find(folders: Iterable[str]) -> list[Path]:
         for run in below:
             found.setdefault(run.resolve(), run)
         if not below and len(found) == before:
-            raise UserError(f"{folder} is no run directory and holds none: no {rundir.CONFIG} is in it.")
+            raise UserError(f"{folder} is not a run directory and holds none: no {rundir.CONFIG} is in it.")
     return list(found.values())
 
 
@@ -139,7 +139,7 @@ def written(value: Any) -> str:
 def grouped(runs: Iterable[Run], left_out: list[LeftOut]) -> tuple[dict[str, list[Run]], dict[str, list[str]]]:
     """The runs of each group by its label, and what else differs in step with the labels: each group's value of a key.
 
-    A run that repeats the configuration and the seed of another is no further observation and is left out.
+    A run that repeats the configuration and the seed of another is not a further observation and is left out.
     """
     groups: dict[frozenset[tuple[str, str]], dict[int, Run]] = defaultdict(dict)
     for run in runs:

@@ -9,7 +9,7 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run cannot go on, and says why: the loss is no number, the disk is full. Nothing that was saved is touched.
+    """A run cannot go on, and says why: the loss is not a number, the disk is full. Nothing that was saved is touched.
 
     Commands print it as one line and end with exit code 1.
     """

@@ -57,7 +57,7 @@ class Meter:
     def read(self) -> dict[str, float]:
         """The means over the step's micro-batches and ranks; every rank calls it.
 
-        An infinite divergence is no figure; an infinite loss is, for the loop to stop at.
+        An infinite divergence is not a figure; an infinite loss is, for the loop to stop at.
         """
         # One wait for the device and one exchange, however many figures; ranks may have different ones.
         mine = self.together().tolist() if self.sums else []

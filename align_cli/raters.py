@@ -146,7 +146,8 @@ class ByProgram:
             raise _Bad(f"the scorer failed with {told}") from error
         if not isinstance(found, Real) or not abs(found) <= LARGEST:
             raise _Bad(
-                f"the scorer gave {found!r}, no finite number of single precision, for a response to {where}: {text!r}."
+                f"the scorer gave {found!r}, not a finite number of single precision, for a response to {where}: "
+                f"{text!r}."
             )
         return float(found)
 

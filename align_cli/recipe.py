@@ -421,7 +421,7 @@ def _expanded(name: str, given: Any, common: Sequence[str], where: str, problems
             problems.append(f"{where}: {override}: align reproduce sets it, for each seed.")
             return []
     try:
-        # a text in angle brackets is no value of Hydra's grammar; it is put back below
+        # a text in angle brackets is not a value of Hydra's grammar; it is put back below
         combinations, swept = sweep.expand([_RUN.sub(r"__\1__", each) for each in merged([*common, *own])])
     except UserError as error:
         problems += [f"{where}: {line}" for line in str(error).splitlines()]

@@ -35,7 +35,7 @@ def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
     if link is not None and links and not link.links:
         problems.append(
             f"algo={algorithm} divergence={tree['divergence']['name']}: its f' is finite at 0, so the optimal policy "
-            "may leave responses out and the reward is no function of π/π_ref."
+            "may leave responses out and the reward is not a function of π/π_ref."
         )
     # Where neither key tells, the rows themselves do (`align_cli.data.store`).
     rolls = tree["source"]["name"] in OF_SAMPLES
@@ -143,7 +143,7 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
         scorer = (tree.get("scorer") or {}).get("name")
         if scorer in ("model", "ensemble"):
             problems.append(
-                f"target={target['name']} scorer={scorer}: a reward model's scores are no numbers between 0 and 1. "
+                f"target={target['name']} scorer={scorer}: a reward model's scores are not numbers between 0 and 1. "
                 "target=rlhf takes them."
             )
         if tree["source"]["missing_eos_penalty"]:
@@ -251,7 +251,7 @@ def of_scores(sections: Mapping[str, Any], tree: Tree, loss: Loss) -> list[str]:
         )
     if sections["adapter"].bits is not None:
         problems.append(
-            f"algo={algorithm} adapter=qlora: the head of a reward model is no layer for 4 bits. Use adapter=lora."
+            f"algo={algorithm} adapter=qlora: the head of a reward model is not a layer for 4 bits. Use adapter=lora."
         )
     return problems
 

@@ -1,6 +1,6 @@
 """What evaluations have found, on disk: OUT/eval/<name>.json, and their figures in OUT/summary.json.
 
-OUT is the run directory of a run, and a folder of its own for a model that is no run.
+OUT is the run directory of a run, and a folder of its own for a model that is not a run.
 """
 
 import contextlib
@@ -126,7 +126,7 @@ def write(out: Path, finished: Finished) -> None:
     """Write an evaluation and its figures; two processes may do so at once.
 
     Raises:
-        ValueError: an item has a value that is no finite number, or the id of another.
+        ValueError: an item has a value that is not a finite number, or the id of another.
     """
     if len({item.id for item in finished.items}) < len(finished.items):
         raise ValueError(f"eval={finished.name}: two items have one id.")

@@ -136,7 +136,7 @@ def _refuse_rater(experiment: Experiment, key: str, path: str, tokenizer: PreTra
         architecture = read_architecture(model)
         if not is_reward_model(architecture):
             holds = ", ".join(architecture.architectures or ()) or architecture.model_type
-            raise UserError(f"it holds {holds}, no reward model. algo=bradley_terry makes one of a language model.")
+            raise UserError(f"it holds {holds}, not a reward model. algo=bradley_terry makes one of a language model.")
         classifier(architecture, path)
         other = load_tokenizer(model)
     except UserError as error:

@@ -142,7 +142,7 @@ def _refuse_code(node: object, where: str, file: Path) -> None:
     if isinstance(node, Mapping):
         for key, value in node.items():
             if not isinstance(key, str):
-                raise UserError(f"{file}: the key {key!r} under '{where or '.'}' is no text; keys are names")
+                raise UserError(f"{file}: the key {key!r} under '{where or '.'}' is not text; keys are names")
             path = f"{where}.{key}" if where else key
             if key.startswith("_") and key.endswith("_") and len(key) > 2:
                 raise UserError(f"{file}: '{path}' would choose code to run; a run's configuration holds values only")

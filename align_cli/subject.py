@@ -77,7 +77,7 @@ class Subject:
     Attributes:
         name: as the user gave it.
         path: the model's folder, or its id on the hub.
-        run: the run directory that it is of; None for a model that is no run.
+        run: the run directory that it is of; None for a model that is not a run.
         config: of that run.
         options: how it generates.
         device: where it computes.
@@ -423,7 +423,7 @@ class Subject:
         """What the reward model gives to each (prompt, response); prompts with several responses are read once.
 
         Raises:
-            UserError: it is no reward model.
+            UserError: it is not a reward model.
         """
         if not self.is_reward_model:
             raise UserError(f"{self.name}: not a reward model; use one that algo=bradley_terry makes.")

@@ -45,7 +45,7 @@ class WrongStart(RunError):
 
 
 class NotFinite(RunError):
-    """The loss or its gradient is no number."""
+    """The loss or its gradient is not a number."""
 
 
 def total_steps(train: Train, groups: int) -> int:
@@ -215,7 +215,7 @@ def run_step(
 def _finite(norms: dict[int, Tensor]) -> float:
     """Look at the norms of some steps' gradients and forget them; returns the last.
 
-    Steps do not wait for the device to look at theirs, but no checkpoint may hold weights that are no numbers.
+    Steps do not wait for the device to look at theirs, but no checkpoint may hold weights that are not numbers.
     """
     found = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
     norms.clear()

@@ -417,7 +417,7 @@ def test_broken_models_are_refused(model: Path, train: Command, refused: Callabl
     (model / "tokenizer_config.json").unlink()
     says(refused(*train("model.path=./model")), "model.path=./model", "no tokenizer", "tokenizer.json")
     (model / "config.json").write_text('{"model_type": "vit"}')
-    says(refused(*train("model.path=./model")), "'vit' is no causal language model")
+    says(refused(*train("model.path=./model")), "'vit' is not a causal language model")
     (model / "config.json").write_text("{")
     says(refused(*train("model.path=./model")), "model.path=./model", "not a valid JSON file")
 

@@ -286,7 +286,7 @@ def test_a_run_counts_once_and_what_is_below_it_is_its_own(tmp_path: Path, capsy
         (["RUNS", "against=dpo", "against=nca"], "one part"),
         (["RUNS", "gone"], "gone: there is no such folder"),
         (["RUNS/a-0"], "differ in nothing but their seed"),
-        (["empty"], "is no run directory and holds none"),
+        (["empty"], "is not a run directory and holds none"),
         (["RUNS/failed"], "no run has finished"),
         (["metric=loss/last"], "needs run directories"),
     ],

@@ -269,7 +269,7 @@ def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: p
         (-2.5, 0.25, "most chosen responses did not fall, but others fell far", "warning"),
         (0.5, 0.75, "most chosen responses fell, but not far", "warning"),
         (0.5, 0.25, "No likelihood displacement", "good"),
-        (math.nan, 0.0, "no number any more", "bad"),
+        (math.nan, 0.0, "not a number any more", "bad"),
     ],
 )
 def test_the_verdict_on_displacement(chosen: float, share: float, sentence: str, tone: str, tmp_path: Path) -> None:
@@ -313,8 +313,8 @@ def test_what_surprises_is_said(tmp_path: Path) -> None:
     text = words(report(str(run), out=tmp_path / "page.html"))
     for told in (
         "metrics.jsonl: lines 2, 5 cannot be read and are left out.",
-        "loss is no number at step 4.",
-        "loss/last is no number in the end.",
+        "loss is not a number at step 4.",
+        "loss/last is not a number in the end.",
         "It was started again once",
         "Its sessions differ in the device.",
         "Of 9 rows some were dropped: 1 malformed and skipped, 2 too long.",
@@ -450,7 +450,7 @@ def test_a_thousand_runs_make_a_page_of_a_few_megabytes(tmp_path: Path) -> None:
     [
         (["gone"], "gone: there is no such folder."),
         (["runs", "ouT=x"], "Did you mean 'out='?"),
-        (["empty"], "is no run directory and holds none"),
+        (["empty"], "is not a run directory and holds none"),
         (["runs", "metric=eval/after/rewrad"], "Did you mean 'eval/after/reward'?"),
         (["runs", "metric="], "give one name after metric=."),
         (["runs/a", "metric=eval/after/reward"], "metric=eval/after/reward compares runs, and runs/a is one"),

@@ -419,7 +419,7 @@ def test_the_results_page_has_what_holds_and_what_does_not(script: Any, tmp_path
     "changes, told",
     [
         ({"shrunken": True}, "shrunken"),
-        ({"recipe": "nca/other"}, "no recipe of this checkout"),
+        ({"recipe": "nca/other"}, "not a recipe of this checkout"),
         ({"departures": ["See /home/me/notes."]}, "names a place of this machine, /home/me/notes"),
         ({"runs": {"dpo": {"seeds": {"0": {"state": "stopped"}}}}}, "was stopped"),
     ],

@@ -445,7 +445,7 @@ def other_tokens(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change, told",
     [
-        (None, "it holds LlamaForCausalLM, no reward model"),
+        (None, "it holds LlamaForCausalLM, not a reward model"),
         (other_tokens, "its tokenizer has other tokens than"),
         (other_template, "its chat template is another than"),
         (lambda folder: shutil.rmtree(folder), "there is no such folder"),
@@ -480,7 +480,7 @@ def test_a_run_in_the_place_of_its_model_is_refused(
         (("source=rollout", "scorer=addition", "reference=frozen"), "a reward model learns from responses that are"),
         (("reference=frozen",), "a reward model has no reference"),
         (("model.head=plain",), "a reward model has no output head over tokens"),
-        (("adapter=qlora",), "is no layer for 4 bits"),
+        (("adapter=qlora",), "is not a layer for 4 bits"),
     ],
 )
 def test_what_a_reward_model_has_no_use_for_is_refused(

@@ -101,7 +101,7 @@ def test_a_score_is_of_the_texts_without_special_tokens(model: Path) -> None:
 )
 def test_a_score_that_is_no_number_names_the_row(model: Path, value: Any, told: str) -> None:
     with pytest.raises(
-        RunError, match=rf"gave {told}, no finite number of single precision, for a response to rows\.jsonl:1"
+        RunError, match=rf"gave {told}, not a finite number of single precision, for a response to rows\.jsonl:1"
     ):
         sampler(model, lambda prompt, response: value).draw(prompts(model, "1+2="), (5, 1), samples=3)
 

@@ -137,7 +137,7 @@ def suite(name: str, config_dirs: Sequence[str]) -> list[list[str]]:
     """The overrides of each evaluation of a suite.
 
     Raises:
-        UserError: there is no such suite, or it is no list of evaluations.
+        UserError: there is no such suite, or it is not a list of evaluations.
     """
     choices = config.group_names(config_dirs).get("suite", [])
     if name not in choices:

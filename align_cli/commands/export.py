@@ -43,7 +43,7 @@ def export(source: Path, dest: Path) -> None:
     """Merge adapters, save, read back, compare; `dest` is there whole or not at all.
 
     Raises:
-        UserError: adapters that are no safetensors.
+        UserError: adapters that are not safetensors.
         RuntimeError: what was read back does not compute the same.
     """
     import torch

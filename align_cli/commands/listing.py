@@ -68,7 +68,7 @@ def _runs(folders: list[str]) -> Iterator[Path]:
     roots = [Path(folder) for folder in folders] or [Path(folder) for folder in _RUN_FOLDERS]
     for root in roots:
         if folders and not root.is_dir():
-            raise UserError(f"{root} is no folder; `align ls runs FOLDER` lists the runs below it")
+            raise UserError(f"{root} is not a folder; `align ls runs FOLDER` lists the runs below it")
         yield from sorted(path.parent for path in root.rglob(CONFIG))
 
 

@@ -94,7 +94,7 @@ def said(content: object, what: str) -> str:
         return text(content, what)
     parts = [mapping(part, what) for part in items(content, what)]
     if any(part.get("type") != "text" for part in parts):
-        raise RowError(f"{what} has parts that are no text")
+        raise RowError(f"{what} has parts that are not text")
     return "".join(text(field(part, "text"), what) for part in parts)
 
 

@@ -366,7 +366,7 @@ class ChatWriter:
             whole = self.write(messages, answer=escape(response))
             if not whole.startswith(prompt) or not whole.endswith(self.end):
                 raise RowError(
-                    f"the chat template writes a prompt that is no prefix of prompt and response: "
+                    f"the chat template writes a prompt that is not a prefix of prompt and response: "
                     f"{shown(prompt)} against {shown(whole)}"
                 )
             text = whole[len(prompt) : len(whole) - len(self.end)]

@@ -54,7 +54,7 @@ class Result:
 class Training:
     """Sections of the configuration of training, as far as the command line names them; {} where it does not.
 
-    They name the data, the algorithm and the scorer of a model that is no run, and replace a run's own.
+    They name the data, the algorithm and the scorer of a model that is not a run, and replace a run's own.
     """
 
     sections: Tree

@@ -45,7 +45,7 @@ def calibrate(judge: Judge, *, path: NotEmpty, limit: Count | None, margin: Frac
 
     `agreement` is the share of pairs with the same label, a tie being a label of its own; `agreement_decided` that of
     the pairs of which both prefer one; `kappa` the agreement beyond chance; `spearman` the correlation of the ranks of
-    the models' win rates. Intervals are over prompts: the pairs of a prompt are no independent observations.
+    the models' win rates. Intervals are over prompts: the pairs of a prompt are not independent observations.
 
     Args:
         path: a local file in one of the schemas of `align_cli.data.annotations.published`.

@@ -32,7 +32,8 @@ class HeldOut:
 
     Attributes:
         data: the section.
-        experiment: the run, or what the command line describes; None where a model is no run and only prompts matter.
+        experiment: the run, or what the command line describes; None for a model that is not a run, where only
+            prompts matter.
         groups: of the data's own responses, where these matter and the run does not sample its own.
         stop: the token that ends a response as the data's template writes it.
     """
@@ -61,7 +62,7 @@ def held_out(subject: Subject, training: Training, *, limit: int | None, respons
         responses: whether the data's own responses matter.
 
     Raises:
-        UserError: a model that is no run needs data; or nothing is held out.
+        UserError: a model that is not a run needs data; or nothing is held out.
     """
     if subject.config is None and "data" not in training.sections:
         raise UserError(
@@ -103,7 +104,7 @@ def _prompts(subject: Subject, training: Training) -> tuple[Store, Data]:
 def tree_of(subject: Subject, training: Training) -> Tree:
     """The configuration that a run was trained by, or that a model's would be, with what the command line names.
 
-    Without an algorithm, a model that is no run imitates the best response of each prompt.
+    Without an algorithm, a model that is not a run imitates the best response of each prompt.
     """
     if subject.config is None:
         path = config.quoted(subject.base.path)
@@ -193,7 +194,7 @@ def start(subject: Subject) -> Subject:
     """The model that a run has started from.
 
     Raises:
-        UserError: the subject is no run.
+        UserError: the subject is not a run.
     """
     if subject.config is None:
         raise UserError(f"{subject.name}: not a run, so that nothing says what it started from; use a model's name.")
@@ -241,7 +242,7 @@ def rater(subject: Subject, section: Tree) -> Rater:
 def _reward_model(subject: Subject, path: str) -> Rater:
     model = find(path, subject.options)
     if not model.is_reward_model:
-        raise UserError(f"scorer: {path} is no reward model; algo=bradley_terry makes one.")
+        raise UserError(f"scorer: {path} is not a reward model; algo=bradley_terry makes one.")
     subject.refuse_other_tokens(model, "scorer")
     return ByModel(model.model, model.manner, model.device, BUDGET, visits=False)
 

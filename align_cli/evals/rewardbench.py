@@ -1,7 +1,7 @@
 """RewardBench: whether a reward model scores the better of two answers higher. N. Lambert et al., arXiv 2403.13787.
 
 A section is the mean of its subsets, weighted by the numbers of examples that the authors count; the score is the mean
-of the four sections. Equal scores are no success.
+of the four sections. Equal scores are not a success.
 """
 
 from collections import defaultdict
@@ -76,7 +76,7 @@ def rewardbench(
         template: chat, text, or auto for chat where the model has a template.
 
     Raises:
-        UserError: the subject is no reward model, or the pairs are not at hand.
+        UserError: the subject is not a reward model, or the pairs are not at hand.
     """
     if not subject.is_reward_model:
         raise UserError(

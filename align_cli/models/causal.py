@@ -127,7 +127,7 @@ def takes_flat_rows(config: Any) -> bool:
         architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError as error:
         raise UserError(
-            f"model.path: model type '{config.model_type}' is no causal language model of transformers."
+            f"model.path: model type '{config.model_type}' is not a causal language model of transformers."
         ) from error
     layers = config.to_dict().get("layer_types") or ()
     return bool(architecture._supports_attention_backend) and set(layers) <= {"full_attention", "sliding_attention"}

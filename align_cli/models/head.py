@@ -188,7 +188,7 @@ def install(network: PreTrainedModel) -> bool:
     """Teach a model the keyword `align_scoring`, with which it returns log-probabilities (N,) in place of logits.
 
     Returns:
-        False where its head is no plain linear layer, or its call is not its class's; it is left as it is then.
+        False where its head is not a plain linear layer, or its call is not its class's; it is left as it is then.
     """
     head: Any = network.get_output_embeddings()
     if type(head) is not nn.Linear or "forward" in vars(network):

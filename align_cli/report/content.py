@@ -35,7 +35,7 @@ class Content:
         before, after: samples, by prompt.
         evaluations: the files of `align evaluate`.
         user: the process that is at work on it.
-        problems: what could not be read, and what is no number, a sentence each.
+        problems: what could not be read, and what is not a number, a sentence each.
     """
 
     path: Path
@@ -80,8 +80,8 @@ def read(run: Path, *, whole: bool) -> Content:
     rows = steps(run / tracking.METRICS, problems)
     for name, where in not_finite(rows).items():
         at = f"step {where[0]:g}" if len(where) == 1 else f"{len(where)} steps, first at {where[0]:g}"
-        problems.append(f"{name} is no number at {at}.")
-    problems += [f"{name} is no number in the end." for name, value in figures.items() if not math.isfinite(value)]
+        problems.append(f"{name} is not a number at {at}.")
+    problems += [f"{name} is not a number in the end." for name, value in figures.items() if not math.isfinite(value)]
     environment = _json(run / rundir.ENV, dict, problems)
     evaluations = [_json(path, dict, problems) for path in sorted((run / EVALUATIONS).glob("*.json"))]
     return Content(
@@ -112,7 +112,7 @@ def numbers(told: Mapping[str, Any]) -> dict[str, float]:
 def steps(path: Path, problems: list[str]) -> list[dict[str, float]]:
     """The logged lines in the order of their steps; of damaged ones `problems` gets a sentence.
 
-    A last line without an end is being written, or was cut short by a kill, and is no damage.
+    A last line without an end is being written, or was cut short by a kill, and is not damage.
     """
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     rows: dict[float, dict[str, float]] = {}
@@ -164,7 +164,7 @@ def held_out(run: Content, name: str) -> dict[float, float]:
 
 
 def not_finite(rows: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
-    """The steps at which a metric is no number, by metric."""
+    """The steps at which a metric is not a number, by metric."""
     found: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():

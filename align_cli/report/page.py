@@ -241,7 +241,7 @@ def _aligns(cell: Cell) -> bool:
 
 
 def _key(cell: Cell) -> str:
-    """What a cell is sorted by; nothing for what is no finite number, which comes last."""
+    """What a cell is sorted by; nothing for what is not a finite number, which comes last."""
     value = _value(cell)
     return "" if value is None else repr(value)
 

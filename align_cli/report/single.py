@@ -168,7 +168,7 @@ def _displacement(run: Content) -> list[Section]:
         told, where, prompts = lines[-1], f"so far, on the prompts of step {lines[-1]['step']:g}", None
     chosen, share = told[FALL], told.get(SHARE, math.nan)
     if not math.isfinite(chosen) or not math.isfinite(share):
-        return [Verdict("The likelihood of chosen responses is no number any more.", "bad")]
+        return [Verdict("The likelihood of chosen responses is not a number any more.", "bad")]
     counted = f"{share:.0%} of them"
     if prompts:
         bounds = statistics.wilson(round(share * prompts), prompts)

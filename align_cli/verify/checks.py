@@ -60,7 +60,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether it holds; what is no number does not."""
+        """Whether it holds; what is not a number does not."""
         if self.relation == "≥":
             return self.measured >= self.expected - self.tolerance
         return abs(self.measured - self.expected) <= self.tolerance
@@ -94,7 +94,7 @@ def _at(problem: Problem, columns: Mapping[str, Tensor]) -> Tensor:
 
 
 def _off(difference: float) -> float:
-    """The size of a difference; one that is no number is the worst."""
+    """The size of a difference; one that is not a number is the worst."""
     return math.inf if math.isnan(difference) else abs(difference)
 
 

@@ -238,7 +238,7 @@ def test_a_prompt_that_is_no_prefix_in_one_row_is_that_rows_error(words: PreTrai
     template = chat(words, counting)
     good, bad = template.tokenise([record("rat", "7"), record("cat", "7")])
     assert isinstance(good, Tokenised) and isinstance(bad, RowError)
-    assert "no prefix" in str(bad)
+    assert "not a prefix" in str(bad)
 
 
 def test_a_dialogue_that_the_template_refuses_is_that_rows_error(words: PreTrainedTokenizerBase) -> None:
