@@ -14,8 +14,14 @@ from align_cli.config import Tree
 
 Loss = Callable[..., Tensor]
 
-OF_SAMPLES = ("rollout", "replay")  # sources whose responses are sampled
-"""Sources whose responses are a policy's."""
+OF_SAMPLES = ("rollout", "replay")
+"""Sources whose responses are sampled from a policy."""
+PROBABILITIES = ("pointwise", "classifier")
+"""Targets that weigh a response by its rating."""
+OF_RESPONSES = ("leave_one_out", "group")
+"""Advantages that a response has as a whole, from the prompt's other responses."""
+CANCELLING = (*OF_RESPONSES, "greedy")
+"""Advantages that stay as they are when all ratings of a prompt are shifted."""
 
 
 def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
@@ -158,14 +164,6 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
             "source.samples=2 or more, or algo.baseline=none."
         )
     return problems + _of_advantages(tree, asked)
-
-
-PROBABILITIES = ("pointwise", "classifier")
-"""Targets that weigh a response by its rating."""
-OF_RESPONSES = ("leave_one_out", "group")
-"""Advantages that a response has as a whole, from the prompt's other responses."""
-CANCELLING = (*OF_RESPONSES, "greedy")
-"""Advantages that stay as they are when all ratings of a prompt are shifted."""
 
 
 def _of_advantages(tree: Tree, asked: list[str]) -> list[str]:

@@ -81,7 +81,7 @@ def pycodestyle(prompt: str, response: str, *, max_line_length: Count, ignore: l
 def _guide(max_line_length: int, ignore: tuple[str, ...]) -> Any:
     """pycodestyle with these options and none of its configuration files."""
     library = _library("pycodestyle", "pycodestyle")
-    # without any of the two it would ignore what it does by default
+    # with neither `ignore` nor `select`, pycodestyle falls back to its default ignore list
     chosen = {"ignore": ignore} if ignore else {"select": ("E", "W")}
     return library.StyleGuide(reporter=library.BaseReport, max_line_length=max_line_length, **chosen)
 

@@ -142,7 +142,7 @@ SOURCES: dict[str, type[FromDataset] | type[FromPolicy]] = {
     "rollout": FromPolicy,
     "replay": FromKept,
 }
-# What rates responses and is no function of texts.
+# Raters that are models, not functions of texts.
 RATERS: dict[str, type[FromModel] | type[FromEnsemble]] = {"model": FromModel, "ensemble": FromEnsemble}
 # Sections that choose a part.
 PARTS = ("algo", "divergence", "reward", "scorer", "target", "proposal", "advantage", "kl")

@@ -52,7 +52,7 @@ def say(text: str) -> None:
 
 
 def silent(text: str) -> None:
-    """What a rank says that is not the first."""
+    """Say nothing; for ranks other than 0."""
 
 
 def warn(text: str) -> None:
