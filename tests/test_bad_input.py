@@ -1,7 +1,7 @@
 """What bad input gets: one clear sentence for each mistake, exit code 2, and nothing written.
 
 Each case is a command line, or a file, and the words that its error must have: the key or file:line, what was given
-and what would be right.
+and how to fix it.
 """
 
 import json
