@@ -4,16 +4,20 @@ Ratios go on in a straight line beyond e^20 (`divergences.STEEPEST`): they neith
 end where a token has become far more likely than it was.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from align_cli.divergences import expm1
+from align_cli.divergences import STEEPEST, expm1
 from align_cli.logprobs import wide
 
 
 def ratio(policy: Tensor, behavior: Tensor) -> Tensor:
     """w = π_θ/q, of the shape of the log-probabilities, in float32 at least; 1 where both are 0."""
-    return 1 + expm1(wide(policy) - behavior)
+    log_ratio = wide(policy) - behavior
+    # not 1 + expm1: what is below 1e-7 would be lost, and with it all that the policy has given up
+    return log_ratio.clamp(max=STEEPEST).exp() + math.exp(STEEPEST) * (log_ratio - STEEPEST).relu()
 
 
 def clipped(ratio: Tensor, advantages: Tensor, *, clip: float) -> Tensor:

@@ -33,6 +33,14 @@ def test_ratios_go_on_in_a_straight_line_and_keep_their_gradient() -> None:
     assert_close(slope(found.sum(), far), torch.stack([0 * edge, edge / torch.e, edge, edge]))
 
 
+def test_what_the_policy_has_given_up_keeps_its_weight_in_single_precision() -> None:
+    far = torch.tensor([-1e-6, -10.0, -17.0, -30.0, -80.0])
+    found = ratio(far, torch.zeros_like(far))
+    assert found.dtype == torch.float32
+    # a rounding of the exponential, and one of its argument
+    assert_close(found.double(), far.double().exp(), rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+
+
 def test_half_precision_is_left_for_single() -> None:
     half = REFERENCE.bfloat16()
     assert ratio(half, half).dtype == k3(half, half).dtype == torch.float32

@@ -6,9 +6,9 @@
 A policy gradient whose reward −f′(π_θ/p) falls as the policy passes the target. Responses may come from another
 distribution q, a weight π_θ/q then stands before each.
 
-Deltas from the paper: f is centred, f′(1) = 0, so that under forward KL the best constant baseline is 0 and no
-divergence pays a response that already has its target probability; the baseline is the mean of the prompt's other
-responses, which keeps no state; weights end at e^20.
+Deltas from the paper: f is centred, f′(1) = 0, so that under forward KL the mean reward is 0 and no divergence pays a
+response that already has its target probability; the baseline is the mean of the prompt's other responses, which keeps
+no state; weights end at e^20, and an exponential in f′ goes on in a straight line beyond it.
 """
 
 from typing import Literal
@@ -46,7 +46,8 @@ def fdpg(
         baseline: b; "none" is 0, as one response for each prompt needs it.
 
     Returns:
-        (B,). Its gradient is that of D_f(π_θ ‖ p) in expectation, exactly; its value means nothing.
+        (B,). Its gradient is that of D_f(π_θ ‖ p) in expectation, where Z is exact and no ratio is beyond e^20; its
+        value means nothing.
     """
     now = wide(policy.detach())
     excluded, unknown = target == -torch.inf, (log_z == -torch.inf)[:, None]
