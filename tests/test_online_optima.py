@@ -19,7 +19,7 @@ from small_runs import align, read, summary
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_cli import assembly, config
+from align_cli import assembly, config, results
 from align_cli.divergences import Divergence, forward_kl, js
 from align_cli.experiment import Experiment
 from align_cli.losses import grpo
@@ -289,6 +289,35 @@ def test_baselines_are_rated_like_responses_and_both_without_bias(world: World, 
         # 512 responses to each of two prompts
         assert line[f"contrastive/{name}"] == pytest.approx(float(mean.mean()), abs=4 * float(deviation) / 1024**0.5)
     assert float((probability * cut).sum(-1).min()) > 0.1
+
+
+def test_an_evaluation_holds_samples_against_the_target_that_training_had(
+    world: World, plugin: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    penalty, samples = 2.0, 4096
+    asked = ["algo=fdpg", "divergence=reverse_kl", "target=rlhf", "target.beta=1", "scorer=tally", "train.lr=1e-30"]
+    given = [*asked, f"source.missing_eos_penalty={penalty}", "data.held_out=1", "train.prompts=1", "train.steps=1"]
+    assert run(world, tmp_path / "run", *given, plugin=plugin) == 0
+    measured = ["eval=divergence", f"eval.samples={samples}", f"eval.max_new_tokens={LONGEST}"]
+    command = ["evaluate", str(tmp_path / "run"), "--plugin", plugin, *measured, "generate.accelerator=cpu"]
+    assert align(*command) == 0
+    finished = results.read(results.path_of(tmp_path / "run", "divergence"))
+    # The policy is the starting model still: KL(π_ref ‖ p) = log Z − E[r/β], and Z = E[exp(r/β)].
+    of_prompt = PROMPTS.index(finished.items[0].shown["prompt"])
+    cut = torch.tensor([response[-1] != world.stop for response in world.responses])
+    probability, reward = world.start.exp()[of_prompt], (world.rated(tally) - penalty * cut)[of_prompt]
+    z, mean = (probability * reward.exp()).sum(), (probability * reward).sum()
+    spread = (probability * (reward.exp() / z - 1).square()).sum().sqrt()
+    spread += (probability * (reward - mean).square()).sum().sqrt()
+    off = 4 * float(spread) / math.sqrt(samples)
+    assert off < 0.2 * penalty
+    assert finished.figures["target/reverse_kl"].value == pytest.approx(float(z.log() - mean), abs=off)
+
+    capsys.readouterr()
+    assert align(*command, f"eval.reference={world.folder}") == 0
+    assert "the target is not looked at: it is made of" in capsys.readouterr().out
+    again = results.read(results.path_of(tmp_path / "run", "divergence"))
+    assert not any(name.startswith("target/") for name in again.figures)
 
 
 # --- reinforcement learning under a KL penalty

@@ -47,7 +47,8 @@ def divergence(
         limit: at most so many held-out prompts.
         samples: responses of each model to each prompt.
         max_new_tokens: longest response; fewer where the model's positions leave less.
-        reference: a run or model; None: the model that the run started from, or has named.
+        reference: a run or model; None: the model that the run started from, or has named, of which its target is
+            made, too.
     """
     asked = prompts.held_out(subject, training, limit=limit, responses=False)
     named = reference or asked.reference
@@ -56,7 +57,7 @@ def divergence(
     theirs = prompts.drawn(other, asked, samples=samples, temperature=1.0, max_new_tokens=max_new_tokens)
     forth = _told(subject, other, ours.groups)
     back = _told(other, subject, theirs.groups)
-    of_target, notes = _of_target(subject, other, asked, ours)
+    of_target, notes = _of_target(subject, other, named, asked, ours)
     values = [
         {
             "kl": there["rollout/kl"],
@@ -87,13 +88,15 @@ def _means(group: Group, policy: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def _of_target(
-    subject: Subject, other: Subject, asked: HeldOut, ours: Drawn
+    subject: Subject, other: Subject, named: str, asked: HeldOut, ours: Drawn
 ) -> tuple[list[dict[str, float]], list[str]]:
     """The metrics of each prompt's samples as an approximation of the run's target, and what is to be said of them."""
     experiment = asked.experiment
     none: list[dict[str, float]] = [{} for _ in ours.groups]
     if experiment is None or experiment.target is None or subject.run is None:
         return none, []
+    if named != asked.reference:
+        return none, [f"the target is not looked at: it is made of {asked.reference}, and eval.reference={named}"]
     if experiment.tempered:
         return none, ["the target is not looked at: the run approximates it at another temperature than 1"]
     there = committed(subject.run / "checkpoints")
@@ -130,6 +133,8 @@ def _named(name: str) -> str:
 def _rated(subject: Subject, experiment: Experiment, ours: Drawn) -> list[Group]:
     """The samples with what the target asks of them: their ratings or features, and their own probability.
 
+    Ratings are those of training, which takes `source.missing_eos_penalty` from a response that did not end.
+
     Raises:
         UserError: one cannot be rated.
     """
@@ -141,7 +146,13 @@ def _rated(subject: Subject, experiment: Experiment, ours: Drawn) -> list[Group]
         for group, rows in zip(ours.groups, subject.measure(ours.groups, "policy_tokens"), strict=True)
     ]
     if experiment.moments is None:
-        found = prompts.rater(subject, experiment.tree["scorer"])(groups)
+        penalty = experiment.tree["source"]["missing_eos_penalty"]
+        cut = [np.array([not each.ended for each in row], dtype=np.float32) for row in ours.responses]
+        rate = prompts.rater(subject, experiment.tree["scorer"])
+        found = [
+            replace(each, ratings=each.ratings - penalty * missed) if isinstance(each, Group) else each
+            for each, missed in zip(rate(groups), cut, strict=True)
+        ]
     else:
         raters = [ByProgram(each.scorer, subject.tokenizer) for each in experiment.moments.features.values()]
         columns = [prompts.rated(rate, groups) for rate in raters]
