@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from align_cli import columns, distributed
-from align_cli.data.batches import MicroBatch, Minibatch
+from align_cli.data.batches import MicroBatch, Minibatch, flatten
 from align_cli.data.store import Group
 from align_cli.engine import Engine, Measuring
 from align_cli.experiment import Experiment
@@ -145,10 +146,11 @@ class Method:
         differs by rounding, which a steep loss multiplies; then `start` is held to it, and `drift` to rounding.
 
         Without a reference, `plain` is the loss of log-probabilities that are computed the plain way, a padded
-        sequence for each response; below fp32 it differs by rounding.
+        sequence for each response, and `start` the loss that is held to it; below fp32 they differ by rounding. Both
+        are of the micro-batch's shortest group: padded, all of it could need many times its memory.
 
         A reward model starts without preferences: `exact` is the loss of scores that are all 0. Of one that is trained
-        further, `plain` is the loss of scores that are computed the plain way.
+        further, `plain` and `start` are the losses of scores.
 
         Sampled responses are judged by `drift` and by `sampler`, how far the sampler's log-probabilities are from the
         policy's.
@@ -162,8 +164,7 @@ class Method:
             started = {**filled, "scores": torch.zeros_like(filled["scores"])}
             return {"exact": (self.elements(started).sum(), size)}
         if self.experiment.at_reference is None:
-            plain = measure(engine.module(), filled["batch"], Manner(flat=False, scalar=engine.manner.scalar))
-            return {"plain": (self.elements({**filled, **plain}).sum(), size)}
+            return self._plain(engine, filled)
         if self.experiment.reference.path:
             return {}
         exact = columns.evaluate(self.experiment.at_reference, filled)
@@ -171,6 +172,20 @@ class Method:
         start = self.elements({**filled, "policy": policy, "reference": policy})
         drift = self._apart(filled, filled["reference"])
         return {"exact": (exact.sum(), size), "start": (start.sum(), size), "drift": drift}
+
+    def _plain(self, engine: Engine, filled: Mapping[str, Any]) -> Metrics:
+        """`plain` and `start` of a micro-batch's shortest group."""
+        groups = filled["batch"].groups
+        tokens = [len(group.prompt) + sum(map(len, group.responses)) for group in groups]
+        place = tokens.index(min(tokens))
+        alone = flatten([groups[place]]).to(engine.device)
+        found = measure(engine.module(), alone, Manner(flat=False, scalar=engine.manner.scalar))
+        own = {name: column[place : place + 1] for name, column in filled.items() if isinstance(column, Tensor)}
+        if "policy_tokens" in own:  # as long as the micro-batch's longest response
+            missing = own["policy_tokens"].shape[-1] - found["policy_tokens"].shape[-1]
+            found["policy_tokens"] = pad(found["policy_tokens"], (0, missing))
+        size = self.size(own)
+        return {"plain": (self.elements({**own, **found}).sum(), size), "start": (self.elements(own).sum(), size)}
 
     @staticmethod
     def _apart(filled: Mapping[str, Any], other: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,8 +214,12 @@ class Method:
         if "spread" in filled:
             found |= disagreement(filled["spread"])
         if "advantages" in filled:
-            tokens = (filled["policy_tokens"], filled["behavior_tokens"], filled["mask"])
-            found |= update(*tokens, clip=self.experiment.clip)
+            if "policy" in columns.asked(self.experiment.loss):  # it clips the ratio of whole responses
+                ratios = (filled["policy"][..., None], filled["behavior"][..., None])
+                mask = torch.ones_like(ratios[0])
+            else:
+                ratios, mask = (filled["policy_tokens"], filled["behavior_tokens"]), filled["mask"]
+            found |= update(*ratios, mask, clip=self.experiment.clip)
         if "token_rewards" in filled:
             found |= self._of_rewards(filled)
         if "returns" in filled:

@@ -228,13 +228,13 @@ def update(policy_tokens: Tensor, behavior_tokens: Tensor, mask: Tensor, *, clip
     """How far the policy has moved from where the responses were sampled; all 0, and the ratio 1, before an update.
 
     Args:
-        policy_tokens: (B, K, T) log π_θ of each response token, nats.
-        behavior_tokens: (B, K, T) log q where the tokens were sampled, nats.
-        mask: (B, K, T).
+        policy_tokens: (B, K, T) log π_θ of each response token, nats; (B, K, 1) of each response, as RLOO clips.
+        behavior_tokens: of the same shape, log q where they were sampled, nats.
+        mask: of the same shape.
         clip: ε of the loss.
 
     Returns:
-        name -> (sum over response tokens, tokens): policy/approxkl_avg, half the mean squared log-ratio;
+        name -> (sum over response tokens, tokens), or responses: policy/approxkl_avg, half the mean squared log-ratio;
         policy/clipfrac_avg, the share of ratios outside 1 ± ε; val/ratio, π_θ/q.
     """
     now = ratio(policy_tokens, behavior_tokens)

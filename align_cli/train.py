@@ -248,7 +248,7 @@ def _judge(step: int, figures: dict[str, float], precise: bool) -> None:
     right, within = (exact, TOLERANCE) if plain is None else (plain, limit)
     if right is None:
         return
-    held = loss if precise or start is None else start
+    held = loss if start is None or (precise and plain is None) else start
     apart = drift is not None and drift > limit
     if abs(held - right) > within or apart:
         told = f"; policy and reference are {drift:.3g} nats per token apart" if apart else ""
@@ -256,7 +256,7 @@ def _judge(step: int, figures: dict[str, float], precise: bool) -> None:
             f"the first loss is {held:.6f}; before any update it must be {right:.6f}{told}. Likely causes: the "
             "reference is not the policy's starting weights; dropout or another random part is active; "
             "log-probabilities are rounded to bf16 on the way; adapters do not start at zero; the cached reference "
-            "belongs to other numerics (remove it from the cache folder)."
+            "belongs to other numerics (`align cache verify` measures a sample of it again)."
         )
 
 
