@@ -68,6 +68,11 @@ def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
             f"algo={algorithm} learns one response of each prompt; data.responses={config.shown(data['responses'])}. "
             "data.responses=1 keeps the best."
         )
+    if "mismatch_kl" in asked and reward == "hard" and tree["algo"].get("threshold", -1) >= 0:
+        problems.append(
+            f"algo={algorithm} reward=hard: the best response of a prompt has 0 and the others −∞, none of them above "
+            f"algo.threshold={tree['algo']['threshold']}, so that all would be undesirable. Use algo.threshold=-1."
+        )
     if algorithm == "exo" and reward == "hard":
         problems.append(
             "algo=exo reward=hard: a label of 0 makes the reverse KL infinite. Use reward=smoothed, as EXO-pref does."
@@ -145,6 +150,16 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
             f"target={target['name']} reference.path={tree['reference']['path']}: λ is fitted on samples of the policy "
             "as it starts, which must be the reference. Use reference.path=null."
         )
+    if target and "features" in target and tree["source"]["missing_eos_penalty"]:
+        problems.append(
+            f"target={target['name']} source.missing_eos_penalty={tree['source']['missing_eos_penalty']}: the target "
+            "is made of the features, which the penalty does not change. Use source.missing_eos_penalty=0."
+        )
+    if target and tree["reward"]["name"] in ("hard", "smoothed"):
+        problems.append(
+            f"algo={algorithm} reward={tree['reward']['name']}: a label depends on the prompt's other samples, and a "
+            "target does not. Use reward=given."
+        )
     if target and target["name"] in PROBABILITIES:
         scorer = (tree.get("scorer") or {}).get("name")
         if scorer in ("model", "ensemble"):
@@ -211,6 +226,16 @@ def _of_advantages(tree: Tree, asked: list[str]) -> list[str]:
     if advantage == "group" and kl:
         problems.append(
             f"advantage=group kl={kl['name']}: nothing reads the penalty; algo=grpo has its own, algo.beta."
+        )
+    if "reference_tokens" in asked and kl and kl["beta"] and tree["algo"].get("beta"):
+        problems.append(
+            f"algo={algorithm} kl={kl['name']}: algo.beta={tree['algo']['beta']} and kl.beta={kl['beta']} would both "
+            "penalise the KL. Set one of them to 0."
+        )
+    if kl and kl["name"] == "adaptive" and (most := samples * tree["train"]["prompts"]) >= 5 * kl["horizon"]:
+        problems.append(
+            f"kl=adaptive kl.horizon={kl['horizon']}: a step has {most} responses, five times as many or more, so "
+            f"that one step could bring β to 0. Use kl.horizon={most} or more."
         )
     if advantage != "group" and not kl:
         problems.append(f"algo={algorithm} advantage={advantage} needs a penalty: kl=fixed or adaptive.")

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from align_cli.ranges import OpenFraction, Positive
+from align_cli.ranges import Positive, PositiveBelowHalf
 
 LABELS = ("hard", "smoothed")  # rewards that say which response is best, and not how good each is
 
@@ -36,7 +36,7 @@ def hard(ratings: Tensor, *, ties: Literal["split", "first"]) -> Tensor:
     return torch.zeros_like(ratings).masked_fill(~best, -torch.inf)
 
 
-def smoothed(ratings: Tensor, *, label_smoothing: OpenFraction, alpha: Positive) -> Tensor:
+def smoothed(ratings: Tensor, *, label_smoothing: PositiveBelowHalf, alpha: Positive) -> Tensor:
     """The logarithm of a label of 1 - ε on the best response and ε on the others together, times α.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from align_cli.data import toy
-from align_cli.errors import UserError
+from align_cli.errors import UserError, first_line
 from align_cli.ranges import Count, NonNegative, NotEmpty
 
 
@@ -47,7 +47,10 @@ def matches(prompt: str, response: str, *, pattern: Pattern) -> float:
 
 
 def compiles(prompt: str, response: str, *, with_prompt: bool) -> float:
-    """1 where a Python program compiles, prompt and response together or the response alone, else 0; nothing is run."""
+    """1 where a Python program compiles, prompt and response together or the response alone, else 0; nothing is run.
+
+    A program without a statement compiles.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but legal programs
@@ -98,7 +101,8 @@ def entities(prompt: str, response: str, *, model: NotEmpty, fewest: Count) -> f
         fewest: with fewer different entities in the response it is 0.
     """
     found = {entity.text.casefold().strip() for entity in _pipeline(model)(response).ents} - {""}
-    return sum(_said(entity, prompt) for entity in found) / len(found) if len(found) >= fewest else 0.0
+    named = sum(_said(entity, prompt.casefold()) for entity in found)
+    return named / len(found) if len(found) >= fewest else 0.0
 
 
 @cache
@@ -114,8 +118,7 @@ def _pipeline(model: str) -> Callable[[str], Any]:
     try:
         pipeline = spacy.load(model if installed else Path(model))  # a path is never taken for a package
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"scorer=entities model={model}: spaCy cannot read it: {reason}") from error
+        raise UserError(f"scorer=entities model={model}: spaCy cannot read it: {first_line(error)}") from error
     if not any("doc.ents" in pipeline.get_pipe_meta(name).assigns for name in pipeline.pipe_names):
         parts = ", ".join(pipeline.pipe_names) or "it has none"
         raise UserError(

@@ -149,6 +149,8 @@ COMMAND_LINES = {
     # combinations without meaning
     "divergence=js": ("algo=nca divergence=js", "no divergence to choose", "algo=f_dpo"),
     "algo=f_dpo divergence=null": ("algo=f_dpo needs a divergence", "reverse_kl"),
+    "algo=kto reward=hard": ("algo=kto reward=hard", "all would be undesirable", "algo.threshold=-1"),
+    "algo=exo reward=smoothed reward.label_smoothing=0.6": ("reward.label_smoothing=0.6", "less than 0.5"),
     "algo=exo reward=hard": ("algo=exo reward=hard", "infinite", "reward=smoothed"),
     "algo=dpo reward=smoothed": ("reward.alpha=${algo.alpha}", "there is no algo.alpha", "another choice"),
     "algo=dpo reward=smoothed reward.alpha=1": ("algo=dpo reward=smoothed", "algo=cdpo"),

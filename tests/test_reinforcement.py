@@ -1,5 +1,6 @@
 """Reinforcement learning through the ordinary loop: what a step makes of ratings, and what whole runs do."""
 
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from align_cli import assembly, cli, distributed, run, scorers
 from align_cli.engine import TorchEngine
 from align_cli.errors import UserError
+from align_cli.method import Method
 from align_cli.raters import ByProgram
 from align_cli.references import Frozen
 from align_cli.reinforcement import AdaptiveKL, FixedKL, Scaled, TokenRewards, Whitened
@@ -273,6 +275,21 @@ def test_minibatches_are_all_of_a_step(model: Path, rows: Path, tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize("algo, share, ratio", [("rloo", 1.0, math.e), ("reinforce_pp", 0.0, math.exp(0.05))])
+def test_what_counts_as_clipped_is_what_the_loss_clips(
+    algo: str, share: float, ratio: float, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    experiment = read(overrides(model, rows, tmp_path / "run", f"algo={algo}", *DIGIT))
+    behavior, mask = torch.full((1, 2, 20), -1.0), torch.ones(1, 2, 20)
+    policy = behavior + 0.05  # each token within 1 ± ε, all of them together beyond
+    filled = {"policy_tokens": policy, "behavior_tokens": behavior, "mask": mask, "advantages": mask}
+    filled |= {"policy": policy.sum(-1), "behavior": behavior.sum(-1), "reference": behavior.sum(-1)}
+    filled |= {"ratings": torch.zeros(1, 2), "lengths": mask.sum(-1)}
+    found = {name: float(total / count) for name, (total, count) in Method(experiment, {}, ()).metrics(filled).items()}
+    assert found["policy/clipfrac_avg"] == share
+    assert found["val/ratio"] == pytest.approx(ratio, rel=1e-4)  # twenty logarithms in fp32
+
+
 @pytest.mark.parametrize(
     "given, words",
     [
@@ -293,6 +310,10 @@ def test_minibatches_are_all_of_a_step(model: Path, rows: Path, tmp_path: Path) 
         (["algo=grpo", "reward=hard"], "the logarithm of a label is not a reward to be earned"),
         (["algo=fdpg", "target=classifier", "source.missing_eos_penalty=1"], "weights between 0 and 1"),
         (["algo=fdpg", "scorer=model", "scorer.path=x"], "not numbers between 0 and 1"),
+        (["algo=fdpg", "reward=hard"], "a label depends on the prompt's other samples"),
+        (["algo=fdpg", "source.missing_eos_penalty=1", *TILTED], "which the penalty does not change"),
+        (["algo=grpo", "advantage=leave_one_out", "kl=fixed"], "would both penalise the KL"),
+        (["algo=ppo", "kl=adaptive", "kl.horizon=6", "train.prompts=8", "source.samples=4"], "kl.horizon=32 or more"),
         (["algo=fdpg", "reference.path=x", *TILTED], "λ is fitted on samples of the policy"),
         (["algo=ppo", "scorer=matches", "scorer.pattern='('"], "not a regular expression"),
         (["algo=ppo", "kl.beta=-1"], "kl.beta=-1"),

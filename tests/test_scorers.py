@@ -112,7 +112,7 @@ def spacy() -> Any:
 def namer(spacy: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A pipeline that knows three names, in a folder."""
     pipeline = spacy.blank("en")
-    names = [("PERSON", "Ada"), ("PERSON", "Ada Byron"), ("GPE", "New York"), ("GPE", "Rome")]
+    names = [("PERSON", "Ada"), ("PERSON", "Ada Byron"), ("GPE", "New York"), ("GPE", "Rome"), ("PERSON", "Groß")]
     pipeline.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": name} for label, name in names])
     pipeline.to_disk(folder := tmp_path_factory.mktemp("namer"))
     return str(folder)
@@ -126,6 +126,7 @@ def namer(spacy: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
         ("Ada, Ada and Ada went to Rome.", 1, 1 / 2),  # each is one
         ("Ada Byron went.", 1, 0),  # who is another
         ("Rome!", 1, 0),
+        ("Groß went to Rome.", 1, 1 / 2),
         ("she went", 1, 0),
         ("", 1, 0),
         ("Ada went to New York.", 2, 1),
@@ -135,7 +136,7 @@ def namer(spacy: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_named_entities_of_the_response_that_the_prompt_names(
     response: str, fewest: int, score: float, namer: str
 ) -> None:
-    assert scorers.entities("Of ADA in New York, not of Romeo", response, model=namer, fewest=fewest) == score
+    assert scorers.entities("Of ADA and Groß in New York, not of Romeo", response, model=namer, fewest=fewest) == score
 
 
 def test_a_model_that_is_missing_broken_or_blind_is_named(spacy: Any, tmp_path: Path) -> None:
