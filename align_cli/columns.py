@@ -32,7 +32,7 @@ GLOSSARY = {
     "rewards": "(B, K) r(x, y_k), the ratings after the `reward` group",
     "reference": "(B, K) log π_ref(y_k|x), nats, as `policy`",
     "reference_tokens": "(B, K, T) log π_ref of each response token, nats, 0 beyond a response's end",
-    "pairs": "(B, K, K) weight of 'y_i is preferred to y_j'; sums to 1 for each prompt",
+    "pairs": "(B, K, K) weight of 'y_i is preferred to y_j'; sums to 1 for each prompt, to 0 where none is preferred",
     "target": "(B, K) log P(x, y_k) of the distribution to approximate, up to log_z, nats; -inf where excluded",
     "lambdas": "(B, F) weight of each feature in the target, nats per unit of it; alike for all prompts",
     "log_z": "(B,) log Z(x), which normalises the target, nats",

@@ -306,7 +306,7 @@ class AdapterOff:
 class MismatchKL:
     """The column `mismatch_kl`: KTO's estimate of KL(π_θ || π_ref), from prompts and responses that do not belong.
 
-    Each row of a step is paired with the first response of the step's next other prompt; the mean of log(π_θ/π_ref)
+    Each row of a step is paired with a response of the step's next other prompt; the mean of log(π_θ/π_ref)
     over these pairs, not below 0, is the estimate (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
     """
 

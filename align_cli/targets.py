@@ -1,6 +1,8 @@
 """The `target` group: distributions that f-DPG approximates, as log P(x, y) up to a constant of the prompt.
 
-Each is the model that alignment starts from, reweighted: P(x, y) = π_ref(y|x) · weight(x, y).
+Each is the model that alignment starts from, reweighted: P(x, y) = π_ref(y|x) · weight(x, y). Go et al., arXiv
+2302.08215, section 3; constraints on every response and on means of features are those of Khalifa, Elsahar, Dymetman,
+arXiv 2012.11635.
 """
 
 import torch
@@ -10,12 +12,12 @@ from align_cli.ranges import Fraction, Positive
 
 
 def pointwise(reference: Tensor, ratings: Tensor, *, floor: Fraction) -> Tensor:
-    """A constraint on every response: P = π_ref · b with b in {0, 1}, the nearest to π_ref that satisfies it.
+    """A constraint on every response: P = π_ref · max(b, floor); with b in {0, 1} the nearest to π_ref that keeps it.
 
     Args:
         reference: (B, K) log π_ref(y_k|x), nats.
-        ratings: (B, K) b, 1 where the response satisfies the constraint and 0 where it does not.
-        floor: weight of a response that does not; 0 excludes it. Reverse KL needs a floor above 0.
+        ratings: (B, K) b, 1 where the response satisfies the constraint, 0 where it does not, or a share between.
+        floor: least weight of a response; 0 excludes those that do not satisfy it. Reverse KL needs more than 0.
 
     Returns:
         (B, K) nats, −∞ where a response is excluded.

@@ -22,7 +22,9 @@ def nca(policy: Tensor, reference: Tensor, rewards: Tensor, *, alpha: Positive, 
         L = −Σ_k w_k log σ(s_k) − 1/K Σ_k log σ(−s_k)
 
     Every response has its own point of rest: unlike DPO and InfoNCA, NCA is not indifferent to a common shift of all
-    log-ratios, and a best response that has become less likely is pulled back.
+    log-ratios, and a best response that has become less likely is pulled back. The second term takes responses as
+    noise of the reference: drawn from the policy itself (source=rollout), what is sampled often counts as noise more
+    often, so that responses are held down by more than their rewards ask for.
 
     Args:
         policy: (B, K) log π_θ(y_k|x), nats.

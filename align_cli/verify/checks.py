@@ -21,6 +21,7 @@ from torch import Tensor
 
 from align_cli import config
 from align_cli.columns import POLICY, asked
+from align_cli.errors import first_line
 from align_cli.preferences import strict_pairs
 from align_cli.verify.batches import random_columns
 from align_cli.verify.problems import Problem, paper
@@ -73,8 +74,7 @@ def failed(algorithm: str, check: str, trouble: str) -> Check:
 
 def raised(error: Exception) -> str:
     """An error in a line."""
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def of_loss(problem: Problem) -> list[Check]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from align_cli.divergences import reverse_kl
+from align_cli.errors import first_line
 from align_cli.verify.batches import random_columns
 from align_cli.verify.checks import EPS, ROUNDINGS, Check, Relation
 
@@ -48,7 +49,7 @@ def of(algorithm: str) -> list[Check]:
         try:
             measured, scale = known.measured()
         except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            trouble = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            trouble = f"{type(error).__name__}: {first_line(error)}"
         tolerance = ROUNDINGS * EPS * scale if known.relation == "=" else 0.0
         told = (tolerance, known.relation, known.statement, known.source, trouble)
         rows.append(Check(algorithm, known.check, measured, known.expected, *told))

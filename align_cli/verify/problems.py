@@ -333,7 +333,7 @@ def _optimum(
     if checked.kl is not None:
         wanted = targets.rlhf(columns["reference"], columns["rewards"], beta=checked.kl.beta)
         told = "the policy is π_ref exp(r/β)/Z, the optimum of E[r] − β KL(π ‖ π_ref)"
-        return wanted, (told, "arXiv 1909.00593, eq. 2; arXiv 2305.18290, eq. 4")
+        return wanted, (told, "arXiv 1909.08593, eq. 2; arXiv 2305.18290, eq. 4")
     if optimum is None:
         return None, ("", "")
     options = checked.tree["algo"]
