@@ -286,6 +286,29 @@ def deepspeed_config(
     return config
 
 
+@contextmanager
+def _kept_errors(writer: Any) -> Iterator[None]:
+    """Within the block a part of a checkpoint that cannot be written raises nothing, the block does so at its end.
+
+    DeepSpeed's ranks meet after they have written: one that had left at its error would keep the others waiting.
+    """
+    plain, errors = writer.save, list[Exception]()
+
+    def save(*given: Any, **named: Any) -> None:
+        try:
+            plain(*given, **named)
+        except Exception as error:  # a full disk shows as OSError, and as torch's RuntimeError
+            errors.append(error)
+
+    writer.save = save
+    try:
+        yield
+    finally:
+        del writer.save
+    if errors:
+        raise errors[0]
+
+
 def settle_deepspeed(device: torch.device) -> None:
     """Have DeepSpeed use this device and keep quiet; before its first collective, which under ZeRO-3 is the loading."""
     import deepspeed
@@ -370,7 +393,10 @@ class DeepSpeedEngine(Engine):
 
     def save(self, folder: Path) -> None:
         frozen = isinstance(self.network, PeftModel)  # they are read from the model again
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=frozen)
+        with _kept_errors(self.engine.checkpoint_engine):
+            self.engine.save_checkpoint(
+                str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=frozen
+            )
 
     def load(self, folder: Path) -> None:
         strict = not isinstance(self.network, PeftModel)

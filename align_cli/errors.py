@@ -17,3 +17,9 @@ class RunError(RuntimeError):
 
 class Stopped(Exception):
     """A signal asked a run to stop; it has saved and can be resumed."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type where it has none."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__

@@ -29,6 +29,7 @@ from align_cli.run import Prepared, prepare, run, score
 
 # What may differ between a run and its resumption: it does not change what is computed.
 FREE = ("resume", "track", "checkpoint", "run.dir", "launch.name", "source.keep")
+LOCATED = ("model", "data", "reference", "source", "scorer")  # sections whose `path` or `paths` may be local
 LAST_WORDS = 15  # lines of a failing rank's log that are shown
 GRACE = 25.0  # seconds that ranks have to save after a signal, before they are killed
 
@@ -103,7 +104,8 @@ def tell_choice(checked: Experiment) -> None:
 
 def refuse_foreign_ranks(command: str) -> None:
     """Refuse to start ranks where torchrun or srun has started this process as one."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    several = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    if several or ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
         raise UserError(
             f"align {command} starts its ranks itself; under torchrun or srun, prepare the run with launch=prepare and "
             "start `python -m align_cli.worker RUN`."
@@ -152,16 +154,17 @@ def fill(tree: Tree) -> int:
 def located(tree: Tree) -> Tree:
     """The configuration with local files and folders by their whole path, so that it means the same from anywhere."""
 
-    def whole(section: Any) -> Any:
-        path = section.get("path") if isinstance(section, dict) else None
-        if not isinstance(path, str) or path in ("", "world") or not Path(path).expanduser().exists():
-            return section
-        return {**section, "path": str(Path(path).expanduser().absolute())}
+    def whole(path: Any) -> Any:
+        if isinstance(path, list):
+            return [whole(each) for each in path]
+        return paths.whole(path) if isinstance(path, str) and path != "world" else path
 
-    return {
-        name: whole(section) if name in ("model", "data", "reference", "source") else section
-        for name, section in tree.items()
-    }
+    def placed(section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        return section | {key: whole(section[key]) for key in ("path", "paths") if key in section}
+
+    return {name: placed(section) if name in LOCATED else section for name, section in tree.items()}
 
 
 def default_dir(tree: Tree) -> str:
@@ -209,9 +212,12 @@ def is_finished(checked: Experiment, run_dir: Path) -> bool:
     for checkpoint in committed(run_dir / "checkpoints")[:1]:
         ranks = experiment.devices(checked)
         if checkpoint.ranks != ranks:
+            same = f"launch.devices={checkpoint.ranks}"
+            if checked.launch.devices is None:  # as it was when the run began, or the configurations would differ
+                same = f"as many devices visible (CUDA_VISIBLE_DEVICES) as then, {checkpoint.ranks}"
             raise UserError(
                 f"run.dir={run_dir}: its checkpoints are of {checkpoint.ranks} rank(s), launch.devices gives {ranks}. "
-                f"Resume with launch.devices={checkpoint.ranks}."
+                f"Resume with {same}."
             )
     return False
 
@@ -316,8 +322,8 @@ def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """The first rank that has ended otherwise than by finishing or saving; one that was killed before others."""
     codes = [process.poll() for process in processes]
     bad = [(code, rank) for rank, code in enumerate(codes) if code not in (None, exits.DONE, exits.STOPPED)]
-    # The peers of a killed rank fail a moment later, and for its sake: negative codes come first.
-    return min(bad)[1] if bad else None
+    # The peers of a rank that was killed, or given a mistake, fail a moment later and for its sake.
+    return min(bad, key=lambda one: (one[0] >= 0, one[0] != exits.USER, one[1]))[1] if bad else None
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

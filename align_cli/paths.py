@@ -34,3 +34,9 @@ def cache() -> Path:
     """
     named = os.environ.get("ALIGN_CACHE")
     return Path(named).expanduser().absolute() if named else platformdirs.user_cache_path("align")
+
+
+def whole(path: str) -> str:
+    """A file or folder of this machine by its whole path; anything else, such as a hub id, as it is."""
+    place = Path(path).expanduser()
+    return str(place.absolute()) if path and place.exists() else path

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -17,7 +18,7 @@ from align_cli.data import toy
 from align_cli.data.store import Store
 from align_cli.data.store import prepare as prepare_data
 from align_cli.engine import Engine
-from align_cli.errors import RunError, Stopped, UserError
+from align_cli.errors import RunError, Stopped, UserError, first_line
 from align_cli.evaluate import evaluate_loss, evaluate_samples
 from align_cli.experiment import Experiment, read, shape_of, terms
 from align_cli.method import Method
@@ -51,7 +52,7 @@ def prepare(experiment: Experiment, say: Say = terminal.say) -> Prepared:
             prepared = _prepare(experiment, say)
         except Exception as error:  # whatever it is, the ranks that wait have to be told
             failure = error
-    told = [text for text in distributed.gather(None if failure is None else str(failure)) if text]
+    told = [text for text in distributed.gather(None if failure is None else first_line(failure)) if text]
     if failure is not None:
         raise failure
     if told:
@@ -104,6 +105,7 @@ def _prepare(experiment: Experiment, say: Say) -> Prepared:
     )
     cache.touch(store.path.parent)
     _refuse_unfit(experiment, store, held_out)
+    _tell_one_sided(experiment, store, say)
     prepared = Prepared(experiment, tokenizer, store, held_out, problems)
     if isinstance(source, FromKept):
         assembly.check_replay(prepared)
@@ -186,6 +188,21 @@ def _refuse_unfit(experiment: Experiment, store: Store, held_out: Store) -> None
             f"data.max_length={experiment.data.max_length}: a prompt with its response has {longest} tokens; "
             f"model.path={experiment.model.path} has {there} positions. data.max_length={there} drops or "
             "shortens what is longer."
+        )
+
+
+def _tell_one_sided(experiment: Experiment, store: Store, say: Say) -> None:
+    """Say where KTO's threshold has all responses on one side of it, as far as the first rows tell."""
+    threshold = experiment.tree["algo"].get("threshold")
+    if threshold is None or "mismatch_kl" not in experiment.made or experiment.tree["reward"]["name"] != "given":
+        return
+    ratings = np.concatenate([store[index].ratings for index in range(min(len(store), 1000))])
+    good = float((ratings > threshold).mean())
+    if good in (0.0, 1.0):
+        told = "above" if good else "not above"
+        say(
+            f"warning: all rewards, {ratings.min():g} to {ratings.max():g}, are {told} algo.threshold={threshold}; "
+            f"algo={experiment.algorithm} learns from responses on both sides of it"
         )
 
 
@@ -353,13 +370,20 @@ def _warn_of_little_memory(experiment: Experiment, device: torch.device) -> None
 
 def _inputs(prepared: Prepared, engine: Engine) -> dict[str, str]:
     """Digests of what a run learns from and starts from; a resumed run must find the same."""
-    commit = vars(engine.network.config).get("_commit_hash")
-    weights = weights_digest(prepared.experiment.model.path, commit) if distributed.rank() == 0 else ""
-    return {
-        "weights": distributed.gather(weights)[0],
-        "train": prepared.train.digest,
-        "held_out": prepared.held_out.digest,
-    }
+    experiment = prepared.experiment
+    found = {"train": prepared.train.digest, "held_out": prepared.held_out.digest}
+    if distributed.rank() == 0:
+        found["weights"] = weights_digest(experiment.model.path, vars(engine.network.config).get("_commit_hash"))
+        if experiment.reference.path is not None:
+            found["reference"] = _digest_here(experiment.reference.path)
+        if isinstance(experiment.scorer, Models):
+            found["scorer"] = " ".join(_digest_here(path) for path in experiment.scorer.paths)
+    return distributed.gather(found)[0]
+
+
+def _digest_here(path: str) -> str:
+    """The digest of the weights in a folder; a model of the hub is what its name says."""
+    return weights_digest(path, None) if (Path(path) / "config.json").is_file() else path
 
 
 def _refuse_changes(latest: Checkpoint, progress: Progress, inputs: dict[str, str]) -> None:
@@ -370,7 +394,9 @@ def _refuse_changes(latest: Checkpoint, progress: Progress, inputs: dict[str, st
             "Start as many as before."
         )
     keys = {"weights": "model.path", "train": "data.path", "held_out": "data.path"}
-    changed = dict.fromkeys(keys[name] for name in keys if progress.inputs[name] != inputs[name])
+    keys |= {"reference": "reference.path", "scorer": "scorer.path or scorer.paths"}
+    # a key that was not kept then cannot be compared now
+    changed = dict.fromkeys(keys[name] for name in inputs if progress.inputs.get(name, inputs[name]) != inputs[name])
     if changed:
         raise UserError(
             f"{latest.folder}: what {' and '.join(changed)} names has changed since the run began; put it back to "

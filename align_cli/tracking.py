@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from align_cli import terminal
+from align_cli.errors import RunError
 from align_cli.ranges import Count, Positive
 from align_cli.rundir import Scalar, flatten, plain, write_atomic
 
@@ -81,8 +82,13 @@ class Tracker(Silent):
         if step <= self._last:
             raise ValueError(f"step {step} is logged after step {self._last}: a step has one line")
         self._last = step
-        self._file.write(json.dumps({"step": step, **{name: plain(value) for name, value in metrics.items()}}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(
+                json.dumps({"step": step, **{name: plain(value) for name, value in metrics.items()}}) + "\n"
+            )
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"{self._file.name} cannot be written: {error.strerror}") from error
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 

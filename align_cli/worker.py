@@ -62,11 +62,12 @@ def adopt_slurm() -> None:
     environment = os.environ
     if "RANK" in environment or "SLURM_PROCID" not in environment:
         return
-    if environment["SLURM_NTASKS"] != "1" and "MASTER_ADDR" not in environment:
+    tasks = environment.get("SLURM_NTASKS", "1")  # a batch script that asked for none has one
+    if tasks != "1" and "MASTER_ADDR" not in environment:
         raise UserError("srun started several tasks, but MASTER_ADDR is not set; set it to the first node's name.")
     environment["RANK"] = environment["SLURM_PROCID"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+    environment["WORLD_SIZE"] = tasks
     environment.setdefault("MASTER_PORT", "29500")
 
 

@@ -192,13 +192,16 @@ def test_a_damaged_checkpoint_is_passed_over(
     same(run_dir, tmp_path / "calm")
 
 
-@pytest.mark.parametrize("changed", ["data.path", "model.path"])
+@pytest.mark.parametrize("changed", ["data.path", "model.path", "reference.path"])
 def test_a_run_does_not_go_on_with_other_data_or_weights(
     changed: str, tiny_model: Path, ragged_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     rows = Path(shutil.copy(ragged_file, tmp_path / "rows.jsonl"))
     given = overrides(model, rows, tmp_path / "run", "train.steps=4", "checkpoint.every=1")
+    if changed == "reference.path":
+        model = Path(shutil.copytree(tiny_model, tmp_path / "reference"))
+        given += ["reference=frozen", f"reference.path={model}"]
     assert align("train", *given) == exits.DONE
     (tmp_path / "run" / "summary.json").unlink()
     if changed == "data.path":

@@ -144,6 +144,17 @@ def test_hard_labels_give_nca_on_pairs_its_gradient_and_keep_its_start(
     assert read_metrics(tmp_path / "run")[-1]["rewards/margins"] > 0
 
 
+@pytest.mark.parametrize("threshold, side", [(-1, "are above"), (0.5, None), (7, "are not above")])
+def test_kto_says_where_all_rewards_are_on_one_side_of_its_threshold(
+    threshold: float, side: str | None, tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    given = overrides(tiny_model, pairs_file, tmp_path / "run", "algo=kto", f"algo.threshold={threshold}")
+    run.prepare(small_runs.read(given), said.append)
+    warned = [line for line in said if line.startswith("warning:")]
+    assert bool(warned) == (side is not None) and all(f"{side} algo.threshold={threshold}" in line for line in warned)
+
+
 def test_sft_averages_over_the_tokens_of_the_step(tiny_model: Path, ragged_file: Path, tmp_path: Path) -> None:
     given = overrides(tiny_model, ragged_file, tmp_path / "run", "algo=sft", "train.steps=1", "engine.micro_tokens=60")
     assert align("train", *given) == 0

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 from align_cli.data import rows
 from align_cli.data.fields import field, items, kind, number, text
 from align_cli.data.records import Row, RowError
-from align_cli.errors import UserError
+from align_cli.errors import UserError, first_line
 
 PATH = "eval.path"
 Subsets = str | list[str] | None
@@ -134,10 +134,9 @@ def _from_hub(benchmark: Benchmark) -> list[rows.Rows]:
             fingerprint = rows.digest_of(Path(file["filename"]) for file in part.cache_files)
             loaded.append(rows.Rows(label, fingerprint, _numbered(label, whole)))
     except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         folder = hub.rpartition("/")[2]
         raise UserError(
-            f"its data, {benchmark.name}, is not here and could not be fetched ({first}); where there is "
+            f"its data, {benchmark.name}, is not here and could not be fetched ({first_line(error)}); where there is "
             f"network, `hf download --repo-type dataset {hub} --local-dir {folder}` gets it, and eval.path={folder} "
             "reads it."
         ) from error

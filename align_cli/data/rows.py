@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import cast
 
 from align_cli.data.records import Row, RowError
-from align_cli.errors import UserError
+from align_cli.errors import UserError, first_line
 
 Labelled = tuple[str, Row | RowError]
 
@@ -202,8 +202,8 @@ def parquet(file: Path) -> Iterator[Labelled]:
         with pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER) as opened_file:
             batches = opened_file.iter_batches(batch_size=BATCH)
             yield from numbered(file, (row for batch in batches for row in batch.to_pylist()))
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file}: not a Parquet file: {error}.") from error
+    except (pyarrow.ArrowInvalid, OSError) as error:  # no such file, or a damaged page
+        raise UserError(f"{file}: not a Parquet file, or a damaged one: {error}.") from error
 
 
 def arrow(file: Path) -> Iterator[Labelled]:
@@ -220,7 +220,10 @@ def arrow(file: Path) -> Iterator[Labelled]:
                 raise UserError(f"{file}: not an Arrow file: {error}.") from error
             batches = (whole.get_batch(index) for index in range(whole.num_record_batches))
         pieces = (batch.slice(start, BATCH) for batch in batches for start in range(0, batch.num_rows, BATCH))
-        yield from numbered(file, (row for piece in pieces for row in piece.to_pylist()))
+        try:
+            yield from numbered(file, (row for piece in pieces for row in piece.to_pylist()))
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise UserError(f"{file}: a damaged Arrow file: {error}.") from error
 
 
 def numbered(name: object, rows: Iterable[Mapping[str, object]]) -> Iterator[Labelled]:
@@ -267,10 +270,9 @@ def from_hub(path: str, *, revision: str | None, subset: str | None, split: str)
     try:
         loaded = datasets.load_dataset(path, data_dir=subset, revision=revision, split=split)
     except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"data.path={path}: neither a file or folder here nor a dataset that could be loaded from the hub "
-            f"(revision {revision}, split {split}): {first} "
+            f"(revision {revision}, split {split}): {first_line(error)} "
             "On a machine without network, copy the dataset there and set data.path to the copy."
         ) from error
     assert isinstance(loaded, datasets.Dataset)

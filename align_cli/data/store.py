@@ -39,6 +39,7 @@ from align_cli.data.rows import Rows, has_splits, open_rows
 from align_cli.data.shelf import HEADER
 from align_cli.data.tokens import identity
 from align_cli.errors import UserError
+from align_cli.paths import whole
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -187,7 +188,7 @@ def prepare(
     if data.held_out_split is not None and data.held_out and has_splits(data.path):
         held_out = open_rows(data.path, revision=data.revision, subset=data.subset, split=data.held_out_split)
     sources = [source.identity, held_out.identity if held_out else ""]
-    told = {**asdict(data), "expected": None}
+    told = {**asdict(data), "expected": None, "path": whole(data.path)}  # the ranks of a run are given it so
     decides = json.dumps(
         [sources, told, identity(tokenizer), seed, pairwise, strict, sampled, code(converter(data))], sort_keys=True
     )

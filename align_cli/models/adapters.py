@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from align_cli.errors import UserError
+from align_cli.errors import UserError, first_line
+from align_cli.paths import whole
 from align_cli.ranges import Count, Positive
 
 WEIGHTS = "adapter_model.safetensors"
@@ -43,7 +44,7 @@ def attach(
     with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(
+            wrapped = get_peft_model(
                 network,
                 LoraConfig(
                     r=adapter.rank,
@@ -54,9 +55,13 @@ def attach(
                     task_type="SEQ_CLS" if scores else "CAUSAL_LM",  # the first has peft train and save `score`
                 ),
                 autocast_adapter_dtype=False,
+                revision=getattr(network.config, "_commit_hash", None),  # of the hub: the weights that were loaded
             )
         except ValueError as error:
-            raise UserError(f"adapter.targets={adapter.targets}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"adapter.targets={adapter.targets}: {first_line(error)}") from error
+    for told in wrapped.peft_config.values():  # what is saved has to mean the same from anywhere
+        told.base_model_name_or_path = whole(told.base_model_name_or_path or "")
+    return wrapped
 
 
 @contextmanager

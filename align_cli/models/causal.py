@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from align_cli.data.batches import Lengths, Measured, MicroBatch, flatten
 from align_cli.data.store import Group
-from align_cli.errors import UserError
+from align_cli.errors import UserError, first_line
 from align_cli.logprobs import sum_by, token_logprobs, wide
 from align_cli.models import attention, head
 from align_cli.models.head import Scoring, Transform
@@ -58,7 +58,7 @@ def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path={model.path}: no tokenizer can be read: {_first_line(error)} The folder needs the "
+            f"model.path={model.path}: no tokenizer can be read: {first_line(error)} The folder needs the "
             "tokenizer's own files, such as tokenizer.json."
         ) from error
 
@@ -99,7 +99,7 @@ def read_weights(
             **settings,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model.path={model.path}: the weights cannot be read: {_first_line(error)}") from error
+        raise UserError(f"model.path={model.path}: the weights cannot be read: {first_line(error)}") from error
     network, told = loaded
     return network, set(told["missing_keys"])
 
@@ -322,7 +322,7 @@ def read_architecture(model: Model) -> Any:
         config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path={model.path}: no model can be read there: {_first_line(error)} "
+            f"model.path={model.path}: no model can be read there: {first_line(error)} "
             "Use a folder with config.json and safetensors, or a hub id that can be reached; a model's own code is "
             "never run."
         ) from error
@@ -343,7 +343,3 @@ def _refuse_pickles(path: str) -> None:
     pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     found = f"only {', '.join(pickles)}, which can run code when read" if pickles else "no weights"
     raise UserError(f"model.path={path}: found {found}. Use weights in safetensors.")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
