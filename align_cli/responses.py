@@ -33,11 +33,17 @@ class Response:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """What decides a response beside weights and prompt: the arguments of `Subject.sample`, and how it rounds."""
+    """What decides a response beside weights and prompt: the arguments of `Subject.draw`, and how it rounds.
+
+    Attributes:
+        writing: digest of the files that say which tokens end a response, beside `ends`.
+    """
 
     temperature: float
     max_new_tokens: int
     stop: list[str]
+    ends: list[int]
+    writing: str
     seed: int
     numerics: str
 

@@ -42,6 +42,10 @@ Prompt = str | Sequence[Message]
 BUDGET = 4096  # tokens of a micro-batch that is measured
 LOGITS_MB = 256  # of the chunks in which the head makes log-probabilities
 CONTEXT = 8  # tokens of a prompt behind which a response is decoded
+WRITING = (  # files beside the weights that decide what is written
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    "generation_config.json",
+)
 HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -77,15 +81,26 @@ class Subject:
     Attributes:
         name: as the user gave it.
         path: the model's folder, or its id on the hub.
+        revision: commit or branch on the hub; None: the newest.
         run: the run directory that it is of; None for a model that is not a run.
         config: of that run.
         options: how it generates.
         device: where it computes.
     """
 
-    def __init__(self, name: str, path: str, *, options: Generate, run: Path | None = None, config: Tree | None = None):
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        *,
+        options: Generate,
+        revision: str | None = None,
+        run: Path | None = None,
+        config: Tree | None = None,
+    ):
         self.name = name
         self.path = path
+        self.revision = revision
         self.run = run
         self.config = config
         self.options = options
@@ -97,7 +112,7 @@ class Subject:
     @cached_property
     def section(self) -> Model:
         """The model as a section of the configuration of training; of a run, with the run's own way of measuring."""
-        own = Model(name="hf", path=self.path, revision=None, rows="auto", head="auto", architecture=None)
+        own = Model(name="hf", path=self.path, revision=self.revision, rows="auto", head="auto", architecture=None)
         if self.config is None:
             return own
         begun = self.config["model"]
@@ -112,7 +127,7 @@ class Subject:
 
         adapters.refuse_other_formats(Path(self.path))
         told = PeftConfig.from_pretrained(self.path)
-        return replace(self.section, path=str(told.base_model_name_or_path))
+        return replace(self.section, path=str(told.base_model_name_or_path), revision=told.revision)
 
     @property
     def adapted(self) -> bool:
@@ -128,6 +143,19 @@ class Subject:
         digest = hashlib.blake2b(base.encode(), digest_size=16)
         for name in ("adapter_config.json", adapters.WEIGHTS):
             digest.update(cache.file_digest(Path(self.path) / name, paths.cache() / "weights").encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def writing(self) -> str:
+        """A digest of the files that say how texts become tokens and where a response ends.
+
+        Nothing of a model of the hub, whose commit says it.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for folder in dict.fromkeys((Path(self.path), Path(self.base.path))):
+            for file in (folder / name for name in WRITING):
+                if file.is_file():
+                    digest.update(f"{file.name} {hashlib.blake2b(file.read_bytes()).hexdigest()}\n".encode())
         return digest.hexdigest()
 
     @cached_property
@@ -328,6 +356,8 @@ class Subject:
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             stop=list(stop),
+            ends=list(stops),
+            writing=self.writing,
             seed=self.options.seed if temperature else 0,
             numerics=self.numerics,
         )
@@ -500,7 +530,7 @@ def find(name: str, options: Generate) -> Subject:
     choices = config.group_names()["model"]
     if name in choices and name != "hf":
         tree = config.compose("train", [f"model={name}"])
-        return Subject(name, start_of(tree), options=options)
+        return Subject(name, start_of(tree), options=options, revision=tree["model"]["revision"])
     if path.exists() or not HUB.fullmatch(name) or name.startswith("."):
         raise UserError(f"{name}: there is no such run directory or model's folder (seen from {Path.cwd()}).")
     found = Subject(name, name, options=options)

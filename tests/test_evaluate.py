@@ -119,6 +119,19 @@ def test_what_is_there_is_not_made_again(run: Path, monkeypatch: pytest.MonkeyPa
     assert align(*given, "eval.limit=3") == 0 and len(told(run, "diversity").items) == 3
 
 
+@pytest.mark.parametrize("key", ["data.path={}", "scorer.path={}/file", "scorer.paths=[{},{}/file]"])
+def test_what_an_evaluation_reads_makes_it_anew_when_it_changes(key: str, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("one")
+    rates = ["scorer=ensemble" if "paths" in key else "scorer=model"] if key.startswith("scorer") else []
+    given = ["data=file", f"data.path={tmp_path}", *rates, key.format(tmp_path, tmp_path)]
+    [planned] = evaluate.plan(*evaluate.read(["eval=reward", *given]))
+    asked = find(str(run), Generate(batch=8, seed=0, precision="fp32", accelerator="cpu"))
+    before = evaluate.fingerprint(planned, asked)
+    assert evaluate.fingerprint(planned, asked) == before
+    (tmp_path / "file").write_text("other")
+    assert evaluate.fingerprint(planned, asked) != before
+
+
 @pytest.mark.parametrize("name", ["loss", "diversity"])
 def test_other_code_of_a_runner_makes_an_evaluation_anew(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [planned] = evaluate.plan(*evaluate.read([f"eval={name}"]))

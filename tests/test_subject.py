@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import small_runs
 import torch
+from transformers import AutoModelForCausalLM
 
 from align_cli import generation, paths
 from align_cli.data.store import Group
 from align_cli.errors import UserError
-from align_cli.models import tiny
+from align_cli.models import adapters, tiny
+from align_cli.models.adapters import Adapter
 from align_cli.responses import Response, Responses, Sampling, digest_of
 from align_cli.subject import Generate, Subject, find
 
@@ -84,6 +87,31 @@ def test_other_settings_are_other_responses(subject: Subject, drawn: list[int], 
     assert sum(drawn) == 36
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json"])
+def test_other_words_on_where_a_response_ends_are_other_responses(
+    file: str, subject: Subject, drawn: list[int], tmp_path: Path
+) -> None:
+    first = asked(subject)
+    copy = Path(shutil.copytree(subject.path, tmp_path / "copy"))
+    assert asked(find(str(copy), OPTIONS)) == first and sum(drawn) == 12
+    told = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps(told | {"a_key": 1}))
+    asked(find(str(copy), OPTIONS))
+    assert sum(drawn) == 24
+
+
+def test_adapters_name_the_weights_below_them_from_any_folder_and_their_commit(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model.parent)
+    network: Any = AutoModelForCausalLM.from_pretrained(f"./{tiny_model.name}")
+    network.config._commit_hash = "abc"  # as transformers sets it for a model of the hub
+    wrapped = adapters.attach(network, Adapter(name="lora", rank=2, scale=4.0, targets="all-linear", bits=None), seed=0)
+    wrapped.save_pretrained(str(tmp_path))
+    base = find(str(tmp_path), OPTIONS).base
+    assert (base.path, base.revision) == (str(tiny_model), "abc")
+
+
 def test_the_most_likely_response_is_generated_once(subject: Subject, drawn: list[int]) -> None:
     found = asked(subject, temperature=0.0)
     assert sum(drawn) == len(PROMPTS) and all(len(set(texts)) == 1 for texts in found)
@@ -130,7 +158,7 @@ def test_an_interruption_keeps_what_was_generated(
 
 
 def test_two_evaluations_write_one_store(tmp_path: Path) -> None:
-    sampling = Sampling(temperature=1.0, max_new_tokens=4, stop=[], seed=0, numerics="")
+    sampling = Sampling(temperature=1.0, max_new_tokens=4, stop=[], ends=[], writing="", seed=0, numerics="")
     one, other = (Responses(tmp_path, "weights", sampling) for _ in range(2))
     for number in range(4):
         mine = (one, other)[number % 2]

@@ -332,13 +332,18 @@ def fingerprint(planned: Planned, asked: Any) -> dict[str, Any]:
     code = hashlib.blake2b(digest_size=8)
     for source in sorted(Path(inspect.getfile(inspect.unwrap(planned.runner))).parent.glob("*.py")):
         code.update(source.read_bytes())
-    named = [Path(value).expanduser() for value in planned.tree["eval"].values() if isinstance(value, str) and value]
+    sections = [tree.get(name) for tree in (planned.tree, asked.config or {}) for name in ("data", "scorer")]
+    paths = [section.get(key) for section in sections if section is not None for key in ("path", "paths")]
+    read = [each for path in paths for each in (path if isinstance(path, list) else [path])]
+    values = [*planned.tree["eval"].values(), *read]
+    named = [Path(value).expanduser() for value in values if isinstance(value, str) and value]
     judge = planned.tree.get("judge")
     return {
         "eval": planned.tree["eval"],
         **{name: planned.tree.get(name) for name in SETTINGS},
         **({} if judge is None else {"judge": judges.asked_for(judge)}),
         "weights": asked.digest,
+        "writing": asked.writing,
         "made_by": code.hexdigest(),
         "files": [_files(path) for path in named if path.exists()],
     }

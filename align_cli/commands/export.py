@@ -88,6 +88,7 @@ def _merged(source: Path) -> tuple["Tensor", "PreTrainedModel", "Tensor"]:
     settings = {"num_labels": 1} if told.task_type == "SEQ_CLS" else {}
     base = _kind(scores=bool(settings)).from_pretrained(
         str(told.base_model_name_or_path),
+        revision=told.revision,
         dtype=torch.float32,
         use_safetensors=True,
         trust_remote_code=False,

@@ -198,7 +198,8 @@ def start(subject: Subject) -> Subject:
     """
     if subject.config is None:
         raise UserError(f"{subject.name}: not a run, so that nothing says what it started from; use a model's name.")
-    return Subject(START, start_of(subject.config), options=subject.options)
+    revision = subject.config["model"]["revision"]
+    return Subject(START, start_of(subject.config), options=subject.options, revision=revision)
 
 
 def named(subject: Subject, name: str, key: str) -> Subject:
