@@ -82,6 +82,7 @@ class Experiment:
     Attributes:
         tree: the configuration itself, with the engine that engine=auto has become.
         choice: why it has become this one; None where the engine was named.
+        elsewhere: whether other machines than this one will run it: it is planned, or prepared for them.
         loss: the algorithm, a function of columns.
         at_reference: the exact value of the loss while the policy is the reference, a function of columns; None
             for a loss without a reference.
@@ -134,6 +135,7 @@ class Experiment:
     clip: float
     made: tuple[str, ...]
     choice: Choice | None
+    elsewhere: bool
 
     @property
     def on_policy(self) -> bool:
@@ -223,8 +225,11 @@ class Experiment:
         return "reference" in self.made and self.reference.name == "frozen"
 
 
-def read(tree: Tree) -> Experiment:
+def read(tree: Tree, *, planned: bool = False) -> Experiment:
     """Check a composed configuration and build its parts; nothing is loaded.
+
+    Args:
+        planned: it is looked at and not run, so that a large model may be meant for GPUs that this machine has not.
 
     engine=auto becomes the engine of the run that run.dir holds; else plain PyTorch for one rank, and for several the
     lowest ZeRO stage that fits.
@@ -236,17 +241,19 @@ def read(tree: Tree) -> Experiment:
     if engine.get("name") == "auto" or engine.get("micro_tokens") == "auto":
         tree = {**tree, "engine": _begun_on(tree, engine)}
     if _section(tree, "engine").get("micro_tokens") != "auto":
-        return _staged(tree)
-    return roomy(_staged(_with(tree, micro_tokens=BUDGET)))
+        return _staged(tree, planned)
+    return roomy(_staged(_with(tree, micro_tokens=BUDGET), planned))
 
 
-def _staged(tree: Tree) -> Experiment:
+def _staged(tree: Tree, planned: bool) -> Experiment:
     """`read` where the tokens of a micro-batch are a number."""
     if _section(tree, "engine").get("name") != "auto":
-        return _read(tree)
-    several = _read(_with(tree, name="zero1"))
+        return _read(tree, planned)
+    several = _read(_with(tree, name="zero1"), planned)
     if devices(several) == 1:
-        return replace(_read(_with(tree, name="torch")), choice=Choice("engine=torch: there is one rank", fits=True))
+        return replace(
+            _read(_with(tree, name="torch"), planned), choice=Choice("engine=torch: there is one rank", fits=True)
+        )
     if several.model.path == "world":
         return replace(several, choice=Choice("engine=zero1: the embedded world's model is small", fits=True))
     return lowest(several, shape_of(several))
@@ -325,7 +332,7 @@ def _on(experiment: Experiment, **settings: Any) -> Experiment:
     return replace(experiment, tree=tree, engine=replace(experiment.engine, **settings))
 
 
-def _read(tree: Tree) -> Experiment:
+def _read(tree: Tree, planned: bool) -> Experiment:
     """`read` where the engine is named."""
     problems: list[str] = []
     problems += _unknown_sections(tree)
@@ -440,6 +447,7 @@ def _read(tree: Tree) -> Experiment:
         clip=float(tree["algo"].get("clip", math.inf)),
         made=tuple(made),
         choice=None,
+        elsewhere=planned or sections["launch"].name == "prepare",
         reference=config.build(Reference, reference),
         world=None if tree.get("world") is None else config.build(World, tree["world"]),
         **sections,
@@ -597,10 +605,10 @@ def sizes(experiment: Experiment) -> dict[str, float]:
 
 
 def on_gpu(experiment: Experiment) -> bool:
-    """Whether a plan is for GPUs: this machine has one, or the model is none that a CPU would train."""
+    """Whether the run is for GPUs: this machine has one, or others will run it and its model's YAML tells its size."""
     if experiment.launch.accelerator != "auto":
         return experiment.launch.accelerator == "gpu"
-    return torch.cuda.is_available() or experiment.model.architecture is not None
+    return torch.cuda.is_available() or (experiment.elsewhere and experiment.model.architecture is not None)
 
 
 def dtype(experiment: Experiment) -> torch.dtype:

@@ -38,7 +38,7 @@ PARAMETERS = {
 def checked(*overrides: str) -> experiment.Experiment:
     tree = config.compose("train", overrides)
     tree["run"]["dir"] = "nowhere"
-    return experiment.read(tree)
+    return experiment.read(tree, planned=True)
 
 
 def printed_total(text: str) -> float:

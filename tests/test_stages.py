@@ -1,5 +1,6 @@
 """engine=auto: the lowest ZeRO stage that fits, and why; hpZ across nodes; what the head needs on the way."""
 
+import ast
 import math
 import os
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forks import HANGS
 from small_runs import align, largest_difference, losses, overrides, read, weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,6 +98,19 @@ def test_the_reason_of_a_stage_tells_the_micro_batches_that_it_leaves_room_for()
 def test_on_a_cpu_and_for_the_embedded_world_micro_batches_have_one_size() -> None:
     for given in (["launch.accelerator=cpu", *MISTRAL], ["launch.accelerator=gpu", "algo=nca"]):
         assert read([*given, "run.dir=nowhere"]).engine.micro_tokens == experiment.BUDGET
+
+
+def test_a_large_model_on_a_machine_without_gpus_is_measured_by_that_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = ["algo=nca", "model=qwen2_5_0_5b", "run.dir=nowhere"]
+    here = read(given)
+    assert here.engine.micro_tokens == experiment.BUDGET and not experiment.on_gpu(here)
+    two = read([*given, "launch.devices=2"])
+    assert two.choice is not None and "this machine's memory over 2 ranks" in two.choice.reason
+    # planned or prepared, it is for GPUs that are elsewhere
+    planned = experiment.read(here.tree | {"engine": {**here.tree["engine"], "micro_tokens": "auto"}}, planned=True)
+    for other in (planned, read([*given, "launch=prepare"])):
+        assert other.engine.micro_tokens > experiment.BUDGET and experiment.on_gpu(other)
 
 
 def test_a_named_engine_stays_and_needs_no_reason() -> None:
@@ -194,6 +209,33 @@ def test_gradients_of_stage_1_are_summed_in_float32_and_held_once() -> None:
     assert kept == "None"  # of the bfloat16 gradients
     # six weights whose gradients are 1 + 2^-10, which bfloat16, with its 8 bits, takes for 1
     assert float(norm) == pytest.approx(math.sqrt(6) * (1 + 2**-10), rel=1e-6)
+
+
+UNWRITTEN = f"""import sys
+from pathlib import Path
+{GRADIENTS.partition("for scale")[0]}
+import deepspeed.comm as dist
+def full(*given, **named): raise OSError(28, "No space left on device")
+met, meet, write = [], dist.barrier, torch.save
+dist.barrier = lambda *given, **named: (met.append(1), meet(*given, **named))
+stage1.save(Path(sys.argv[1]) / "whole")
+whole, torch.save = len(met), full
+try:
+    stage1.save(Path(sys.argv[1]) / "cut")
+except OSError as error:
+    print(error.errno, whole, len(met) - whole)
+torch.save = write
+stage1.save(Path(sys.argv[1]) / "again")
+print(sorted(path.name for path in Path(sys.argv[1]).glob("*/deepspeed/*") if path.stat().st_size))
+"""
+
+
+def test_a_part_of_a_checkpoint_that_cannot_be_written_keeps_no_rank_from_meeting_the_others(tmp_path: Path) -> None:
+    told = subprocess.run([sys.executable, "-c", UNWRITTEN, str(tmp_path)], capture_output=True, text=True, check=True)
+    cut, files = told.stdout.splitlines()[-2:]
+    errno, whole, met = map(int, cut.split())
+    assert errno == 28 and whole == met > 1
+    assert len(ast.literal_eval(files)) == 2 * len(set(ast.literal_eval(files))) > 0  # those of the first and the third
 
 
 @pytest.mark.parametrize(
@@ -319,7 +361,7 @@ def test_two_nodes_of_two_ranks_compute_what_one_process_computes(
     ]
     try:
         for process in ranks:
-            said = process.communicate(timeout=240)[0].decode()
+            said = process.communicate(timeout=HANGS)[0].decode()
             assert process.returncode == 0, said[-3000:]
     finally:
         for process in ranks:

@@ -1,4 +1,7 @@
-"""`align plan`: what a run would do, from its configuration alone. No weights, no data, no network."""
+"""`align plan`: what a run would do, from its configuration alone: no weights, no data.
+
+The network is asked only where the YAML of a model does not write its sizes out and it is no folder here (model=hf).
+"""
 
 import math
 from dataclasses import replace
@@ -18,7 +21,7 @@ def main(argv: list[str]) -> int:
     if given.show_config:
         given.print_config()
         return exits.DONE
-    checked = experiment.read(experiment.placed(given.compose(), "runs/<time>"))
+    checked = experiment.read(experiment.placed(given.compose(), "runs/<time>"), planned=True)
     console = Console()
     console.print(way(checked), soft_wrap=True, markup=False, highlight=False)
     if checked.choice is not None:
