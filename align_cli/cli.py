@@ -6,7 +6,7 @@ Nothing heavy is imported until a command needs it.
 import importlib
 import sys
 
-from align_cli import exits, process, terminal
+from align_cli import exits, paths, process, terminal
 from align_cli.commands import COMMANDS
 from align_cli.config import did_you_mean
 from align_cli.errors import UserError
@@ -69,7 +69,8 @@ def dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command.{did_you_mean(name, list(COMMANDS))} See align --help.")
     if name in ("train", "score", "plan", "data") and {"-h", "--help"} & set(argv[1:]):
-        terminal.result(USAGE.rstrip())
+        keys = (paths.conf() / "train.yaml").read_text(encoding="utf-8").rstrip()
+        terminal.result(f"{USAGE.rstrip()}\n\nGroups and keys, with what they are by default:\n\n{keys}")
         return exits.DONE
     terminal.quiet_libraries()
     command = importlib.import_module(f"align_cli.commands.{COMMANDS[name]}")

@@ -9,7 +9,9 @@ package that the command line names (`--plugin`).
 import importlib
 import importlib.util
 import inspect
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, partial
@@ -277,13 +279,17 @@ _plugins: list[str] = []
 def use(packages: Sequence[str]) -> None:
     """Look for parts in these packages, too: `<package>.losses.<name>` beside `align_cli.losses.<name>`.
 
+    A package is looked for where Python finds packages, and then in the working directory.
+
     Raises:
         UserError: there is no such package.
     """
+    if packages and os.getcwd() not in sys.path:  # a console script's path begins with its own folder instead
+        sys.path.append(os.getcwd())
     for package in packages:
         if not _PACKAGE.fullmatch(package) or importlib.util.find_spec(package.partition(".")[0]) is None:
             raise UserError(
-                f"--plugin {package}: there is no such package; use one that Python finds, installed or on PYTHONPATH."
+                f"--plugin {package}: there is no such package here, among the installed ones, or on PYTHONPATH."
             )
     _plugins[:] = packages
 

@@ -62,7 +62,8 @@ def read(file: Path) -> dict[str, Any]:
     """
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-        assert {"study", "options", "seed", "figures"} <= set(told)
-    except (OSError, ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"{file} is no result of a study; removed, it is made again.") from error
+        if not {"study", "options", "seed", "figures"} <= set(told):
+            raise ValueError("some of its keys are missing")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is not the result of a study. Remove it, and it is made again.") from error
     return told

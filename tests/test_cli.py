@@ -54,6 +54,8 @@ def test_every_command_says_how_it_is_used(name: str, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     "command, primary",
     [
+        (["train"], "train"),
+        (["plan"], "train"),
         (["evaluate"], "evaluate"),
         (["evaluate", "calibrate"], "calibrate"),
         (["sample"], "sample"),

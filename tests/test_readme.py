@@ -23,7 +23,7 @@ import readme_stage
 import test_bench
 import test_packaging
 import yaml
-from forks import Forks
+from forks import HANGS, Forks
 from readme_stage import README, TRAINED, WORLD
 from scripted_judge import Request, scripted
 from small_runs import align
@@ -108,7 +108,7 @@ def here(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     home = tmp_path / "here"
     shutil.copytree(stage, home)
     monkeypatch.chdir(home)
-    monkeypatch.syspath_prepend(str(home))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # as a console script's, without the working directory
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PATH", str(home / "bin"), prepend=os.pathsep)
@@ -179,7 +179,7 @@ def start(lines: Sequence[str]) -> None:
             shells.append(subprocess.Popen(["bash", "-e", "-c", text], stdout=log, stderr=subprocess.STDOUT))
     try:
         for place, shell in enumerate(shells):
-            assert shell.wait(timeout=240) == exits.DONE, Path(f"{place}.log").read_text()[-3000:]
+            assert shell.wait(timeout=HANGS) == exits.DONE, Path(f"{place}.log").read_text()[-3000:]
     finally:
         for shell in shells:
             shell.kill()

@@ -100,13 +100,15 @@ def bf16() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
             return Finding("ok", "bf16", "the GPU computes in it")
         return Finding("note", "bf16", "the GPU does not compute in it", "train in fp32")
     if torch.backends.mkldnn.is_available():
         product = torch.ones(2, 2, dtype=torch.bfloat16) @ torch.ones(2, 2, dtype=torch.bfloat16)
         assert product.sum().item() == 8
-        return Finding("ok", "bf16", "works on this CPU, perhaps emulated", "fp32 is usually faster here")
+        return Finding(
+            "ok", "bf16", "works on this CPU", "engine.precision=auto measures whether it is faster than fp32"
+        )
     return Finding("note", "bf16", "this torch has no oneDNN", "train in fp32")
 
 
