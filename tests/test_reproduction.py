@@ -397,6 +397,7 @@ def published(folder: Path, **changes: Any) -> Path:
         "expectations": [
             {**claim, "estimate": -1.0, "low": -2.0, "high": -0.5, "verdict": "holds", "why": ""},
             {**claim, "estimate": 1.0, "low": 0.5, "high": 2.0, "verdict": "does not hold", "why": "it rises"},
+            {**claim, "estimate": 0.1, "low": -0.5, "high": 0.7, "verdict": "undecided", "why": "the interval has 0"},
         ],
         "departures": ["It is small."],
         **changes,
@@ -411,7 +412,7 @@ def test_the_results_page_has_what_holds_and_what_does_not(script: Any, tmp_path
     page = (tmp_path / "recipes" / "RESULTS.md").read_text()
     assert r"| It \| falls. | < 0 (ours: here) | -1 [-2, -0.5] | 1 | **holds** |" in page
     assert "**does not hold**: it rises" in page and "- It is small." in page and "2 cores" in page
-    assert (tmp_path / "README.md").read_text() == "`nca/mine`: 1 of 2 hold\n"
+    assert (tmp_path / "README.md").read_text() == "`nca/mine`: 1 of 3 hold, 1 undecided\n"
     assert script.main([]) == 0 and (tmp_path / "recipes" / "RESULTS.md").read_text() == page
 
 

@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from align_cli.data import schemas
 from align_cli.data.records import Message, Record, Row, RowError
 
 ROWS = Path(__file__).parent / "rows"
+README = Path(__file__).parents[2] / "README.md"
 REAL = Path(__file__).parents[3] / "shared" / "data"
 SKY = (Message(role="user", content="Sky?"),)
 
@@ -31,6 +33,14 @@ def assistant(content: str) -> Message:
 @pytest.mark.parametrize("name", list(schemas.SCHEMAS))
 def test_rows_of_each_schema_are_detected(name: str) -> None:
     assert [schemas.detect(row) for row in rows(name)] == [name] * len(rows(name))
+
+
+def test_the_rows_that_the_readme_shows_are_read_as_it_says() -> None:
+    shown = re.findall(r"^    (\{.*\})$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    preference, rated, demonstration, alone = (record(json.loads(line)) for line in shown)
+    assert preference.responses == ("4", "5") and preference.ratings[0] > preference.ratings[1]
+    assert rated.responses == ("4", "5", "four") and rated.ratings == (1.0, 0.0, 0.8)
+    assert demonstration.responses == ("4",) and alone.responses == ()
 
 
 @pytest.mark.parametrize("name", list(schemas.SCHEMAS))
