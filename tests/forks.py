@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+HANGS = 1200  # seconds after which what has not ended is taken for stuck, on the slowest of machines
+
 
 class Forks:
     """The test's side. Children are the server's; what they say goes to `log`."""
@@ -49,8 +51,8 @@ class Forks:
         return self.ended(self.start(*arguments))
 
     def wait_until(self, condition: Callable[[], object]) -> None:
-        """Look every few milliseconds; for 90 seconds at most."""
-        deadline = time.monotonic() + 90
+        """Look every few milliseconds, until it is taken for stuck."""
+        deadline = time.monotonic() + HANGS
         while not condition():
             assert time.monotonic() < deadline, self.log.read_text()[-2000:]
             time.sleep(0.005)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forks import HANGS
+
 from align_cli import distributed, experiment, rundir, terminal
 from align_cli.run import prepare, run
 
@@ -42,7 +44,7 @@ def together(folder: Path, run_dirs: list[Path]) -> None:
             )
     try:
         for rank, process in enumerate(ranks):
-            assert process.wait(timeout=240) == 0, (folder / f"{rank}.log").read_text()[-3000:]
+            assert process.wait(timeout=HANGS) == 0, (folder / f"{rank}.log").read_text()[-3000:]
     finally:
         for process in ranks:
             process.kill()

@@ -76,6 +76,7 @@ def stocked(prompts: list[int] | range) -> Store:
     return Stocked(np.array(prompts, dtype=np.int32))  # pyright: ignore[reportReturnType]
 
 
+@settings(deadline=None)
 @given(
     groups=st.lists(st.integers(0, 9), min_size=1, max_size=50),
     prompts=st.integers(1, 20),

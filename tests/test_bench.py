@@ -215,8 +215,9 @@ def test_steps_are_read_off_the_lines_of_either_side() -> None:
 
 
 def test_a_process_is_watched_from_outside(tmp_path: Path) -> None:
-    script = "import time; print('a', flush=True); time.sleep(0.3); x = bytearray(200 << 20); print('b'); exit(3)"
-    ended = processes.run(["python3", "-c", script], environment={"PATH": "/usr/bin:/bin"}, folder=tmp_path, limit=30)
+    script = "import time; print('a', flush=True); time.sleep(2); x = bytearray(200 << 20); print('b'); exit(3)"
+    command = [sys.executable, "-c", script]
+    ended = processes.run(command, environment={"PATH": "/usr/bin:/bin"}, folder=tmp_path, limit=300)
     assert (ended.code, [line for _, line in ended.lines]) == (3, ["a", "b"])
     (one, _), (other, _) = ended.lines
     assert other - one > 0.25

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import small_runs
 import torch
-from forks import Forks
+from forks import HANGS, Forks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import align, overrides, summary
@@ -187,7 +187,7 @@ def test_two_processes_that_write_merge_and_read_at_once_lose_nothing(tmp_path: 
         for number in ("1", "2")
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=HANGS)
         assert process.returncode == 0 and errors == ""
     kept = Folder(tmp_path, tidies=True)
     expected = {n: n for n in range(60)} | {1000 * own + n: -own for own in (1, 2) for n in range(60)}
@@ -460,7 +460,7 @@ def test_two_ranks_share_the_work_and_the_figures(engine: TorchEngine, tiny_mode
         subprocess.Popen(command, env={**meeting, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    told = [process.communicate(timeout=180)[1] for process in ranks]
+    told = [process.communicate(timeout=HANGS)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(told)
     assert [text.count("is damaged") for text in told] == [1, 0]
     assert [text.count("cannot be written: No space left") for text in told] == [1, 0]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import HANGS
 
 from align_cli import checkpoints
 from align_cli.checkpoints import CheckpointError, Checkpoints, committed
@@ -259,6 +260,10 @@ def test_two_ranks_commit_together_and_fail_together(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", RANKS, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    for process in processes:
-        said, _ = process.communicate(timeout=60)
-        assert said.splitlines() == ["saved 1", "failed 2 True", "1 2 3"]
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=HANGS)
+            assert said.splitlines() == ["saved 1", "failed 2 True", "1 2 3"]
+    finally:
+        for process in processes:
+            process.kill()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import align
 
@@ -119,10 +119,11 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(SETTINGS, min_size=2, max_size=7, unique_by=lambda settings: tuple(sorted(settings.items()))))
-def test_no_two_groups_have_one_label(settings: list[dict[str, str]]) -> None:
-    labels, _ = comparison.labels(settings)
-    assert len(set(labels)) == len(settings)
+def test_no_two_groups_have_one_label(groups: list[dict[str, str]]) -> None:
+    labels, _ = comparison.labels(groups)
+    assert len(set(labels)) == len(groups)
     assert all(labels)
 
 

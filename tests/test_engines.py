@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -56,10 +58,11 @@ METHODS = {
 ONLINE = ("rated", "together", "again", "greedy", "target", "proposal", "unrated")
 WIDE = 8192  # tokens of its vocabulary; a megabyte of float32 holds the logits of 30 states
 STAGES = ("zero0", "zero1", "zero2", "zero3")
+STEPS = 6
 # With ε = lr an update of AdamW moves a weight by about as much as its gradient differs, and not by lr times a sign
-# that rounding decides. Gradients are below 1 after clipping, so that 10 steps of fp32 rounding (6e-8 each, in sums
+# that rounding decides. Gradients are below 1 after clipping, so that these steps of fp32 rounding (6e-8 each, in sums
 # of some ten terms) leave the weights of two engines within 1e-6.
-SETTINGS = ("algo.beta=0.1", "optimizer.eps=1e-3", "train.steps=10", "eval.groups=2", "launch.devices=2")
+SETTINGS = ("algo.beta=0.1", "optimizer.eps=1e-3", f"train.steps={STEPS}", "eval.groups=2", "launch.devices=2")
 LOSS, WEIGHT = 1e-5, 1e-6
 NORMS = {
     "wide": 1e-3,  # a sum of 260,000 squares in fp32, in another order on each engine
@@ -180,7 +183,7 @@ def test_ranks_with_different_numbers_of_chunks_are_among_them(
     store = run.prepare(experiment, lambda text: None).train
     states = experiment.engine.logits_mb * 1_000_000 // (WIDE * 4)
     chunks: list[list[int]] = []
-    for step in range(1, 11):
+    for step in range(1, STEPS + 1):
         groups = members(store, step, prompts=experiment.train.prompts, seed=0, together=True).tolist()
         shares = split(groups, store, ranks=2, budget=experiment.engine.micro_tokens)
         tokens = [sum(int(store.response_tokens[list(part.groups)].sum()) for part in share) for share in shares]
@@ -235,10 +238,8 @@ def test_two_ranks_go_on_after_a_kill_and_after_a_signal_as_if_nothing_had_been(
     ranks = ranks_of(child)
     os.kill(child, signal.SIGKILL)
     assert forks.ended(child) == -signal.SIGKILL and len(ranks) == 2
-    deadline = time.monotonic() + 10
-    while rundir.holder(run_dir) is not None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert rundir.holder(run_dir) is None and not any(is_running(rank) for rank in ranks)
+    # the kernel ends them with their parent, and with the last of them nobody holds the directory
+    forks.wait_until(lambda: rundir.holder(run_dir) is None and not any(is_running(rank) for rank in ranks))
 
     reached = committed(run_dir / "checkpoints")[0].step
     child = forks.start(*command)
@@ -264,6 +265,7 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         file.chmod(0o755)
         monkeypatch.setattr(launch.sys, "executable", str(file))
         monkeypatch.setattr(launch, "GRACE", 1.0)
+        monkeypatch.chdir(tmp_path)
         with rundir.lock(tmp_path / "run") as held:
             return launch.spawn(tmp_path / "run", 2, held)
 
@@ -285,15 +287,42 @@ def test_a_failing_rank_takes_the_run_down_with_its_code_and_its_words(
 def test_the_rank_that_was_killed_is_named_and_not_the_one_that_missed_it(
     scripted: Callable[[str], int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert scripted("if [ $RANK = 1 ]; then kill -9 $$; fi; sleep 0.03; echo lost a peer >&2; exit 1") == exits.FAILED
+    killed = "if [ $RANK = 1 ]; then echo $$ > killed; kill -9 $$; fi; until [ -s killed ]; do sleep 0.01; done; "
+    gone = '[ ! -e /proc/$(cat killed) ] || grep -q "State:.Z" /proc/$(cat killed)/status'
+    assert scripted(f"{killed}until {gone}; do sleep 0.01; done; echo lost a peer >&2; exit 1") == exits.FAILED
     assert "rank 1 ended by signal 9 (SIGKILL); the other ranks were stopped" in capfd.readouterr().err
+
+
+def test_a_configuration_means_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    tree = {
+        "model": {"path": "here"},
+        "data": {"path": "world"},
+        "reference": {"path": None},
+        "scorer": {"paths": ["here", "of/the_hub"]},
+        "algo": {"path": "here"},  # a hyper-parameter of that name
+    }
+    whole = str(tmp_path / "here")
+    moved = tree | {"model": {"path": whole}, "scorer": {"paths": [whole, "of/the_hub"]}}
+    assert launch.located(tree) == launch.located(moved) == moved
+
+
+@pytest.mark.parametrize(
+    "codes, first",
+    [([1, -9], 1), ([2, 1], 0), ([1, 2], 1), ([1, 1], 0), ([None, 1], 1), ([75, 1], 1), ([75, 0], None)],
+)
+def test_of_ranks_that_failed_together_the_one_with_the_reason_is_named(codes: list[int], first: int | None) -> None:
+    processes: Any = [SimpleNamespace(poll=lambda code=code: code) for code in codes]
+    assert launch._first_failure(processes) == first
 
 
 def test_a_rank_that_will_not_end_is_killed(scripted: Callable[[str], int]) -> None:
     begun = time.monotonic()
-    stuck = 'if [ $RANK = 0 ]; then sleep 0.3; exit 3; fi; trap "" TERM; while true; do sleep 0.1; done'
-    assert scripted(stuck) == 3
-    assert 1.0 < time.monotonic() - begun < 30
+    stuck = 'trap "" TERM; echo $$ > stuck; while true; do sleep 0.1; done'
+    assert scripted(f"if [ $RANK = 0 ]; then until [ -s stuck ]; do sleep 0.01; done; exit 3; fi; {stuck}") == 3
+    assert time.monotonic() - begun > 1.0  # it was given its time to end
+    assert not is_running(int(Path("stuck").read_text()))
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def _append(path: Path, who: int) -> None:
 
 def test_processes_that_append_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    spawn = multiprocessing.get_context("fork")
+    spawn = multiprocessing.get_context("spawn")  # to fork a process that has threads may leave a lock held
     writers = [spawn.Process(target=_append, args=(path, who)) for who in range(3)]
     for writer in writers:
         writer.start()

@@ -465,6 +465,8 @@ def served(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 break
             except (urllib.error.URLError, TimeoutError):
                 time.sleep(0.1)
+        else:
+            pytest.fail(log.read_text()[-2000:])
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.kill()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forks import HANGS
 
 from align_cli import sandbox
 from align_cli.errors import UserError
@@ -329,7 +330,7 @@ def test_a_harness_that_is_killed_takes_its_programs_along(box: Sandbox, tmp_pat
 
 
 def wait(condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + 30
+    ends = time.monotonic() + HANGS
     while not condition():
         assert time.monotonic() < ends
         time.sleep(0.05)

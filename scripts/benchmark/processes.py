@@ -73,7 +73,7 @@ def run(command: Sequence[str], *, environment: Mapping[str, str], folder: Path,
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - begun
     mine = usage.ru_utime + usage.ru_stime + time.process_time() - own
-    others = max(0.0, (_busy() - busy - mine) / (seconds * CPUS))
+    others = min(1.0, max(0.0, (_busy() - busy - mine) / (seconds * CPUS)))  # of truncated clocks
     return Ended(process.returncode, lines, seconds, usage.ru_maxrss * 1024, load, others)
 
 

@@ -82,7 +82,7 @@ def test_right_and_wrong_programs_are_told_apart(box: Sandbox, tmp_path: Path) -
         [RIGHT, WRONG, RIGHT, "    import sys; sys.exit(0)\n"],
         [WRONG, WRONG, "    return (\n", "    while True: pass\n"],
     ]
-    box = Sandbox(Code(**{**vars(OPTIONS), "seconds": 3.0}), box.level, box.path)
+    box = Sandbox(Code(**{**vars(OPTIONS), "seconds": 6.0}), box.level, box.path)  # to start takes a part of them
     result = ask(box, "humaneval", path, written, samples=4, k=[1, 2], temperature=0.8)
     assert [item.values for item in result.items] == [{"pass@1": 0.5, "pass@2": 1 - 1 / 6}, {"pass@1": 0, "pass@2": 0}]
     assert [item.id for item in result.items] == ["HumanEval/0", "HumanEval/1"]
