@@ -431,6 +431,32 @@ def test_the_script_shows_what_was_measured(tmp_path: Path) -> None:
         assert readme.read_text(encoding="utf-8") == (told if "--readme" in line else emptied), line
 
 
+def test_a_rate_of_products_stays_the_one_that_was_measured_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def measured(_: str, job: dict[str, Any]) -> dict[str, dict[str, float]]:
+        asked.append(job["shapes"])
+        names = [*job["shapes"], "square"]
+        return {setting: dict.fromkeys(names, float(len(asked))) for setting in ("bf16", "fp32 highest", "fp32 medium")}
+
+    monkeypatch.setattr(bench.contenders, "ask", measured)
+    monkeypatch.setattr(bench.flops, "weighted_rate", lambda rates, shape, response_share: rates)
+    made = bench.Bench(tmp_path / "full.json", plan.full(1), fresh=True, accept_load=True)
+    every = made.cases
+    for part in ("135M", "30M", "tiny", ""):
+        made.cases = [each for each in every if part in each.name]
+        made.measure_products(brief=True)
+    assert asked == [["135M"], ["30M"], ["tiny"]]
+    assert {name: rate["bf16"] for name, rate in made.data["gemm"]["weighted"].items()} == {
+        "135M": 1.0,
+        "30M": 2.0,
+        "tiny": 3.0,
+    }
+    assert made.data["gemm"]["rates"]["bf16"] == {"135M": 1.0, "30M": 2.0, "tiny": 3.0, "square": 1.0}
+
+
 def test_committed_results_are_whole_and_their_figures_follow_from_their_runs() -> None:
     for path in bench.RESULTS.glob("*.json"):
         data = results.read(path)

@@ -135,19 +135,27 @@ class Bench:
     def measure_products(self, *, brief: bool) -> None:
         """How fast this machine multiplies matrices of the models' shapes."""
         named = [name for name in dict.fromkeys(case.shape.name for case in self.cases) if name != "tiny"] or ["tiny"]
-        if set(named) <= self.data["gemm"].get("weighted", {}).keys():
+        before = self.data["gemm"] or {"rates": {}, "weighted": {}}
+        missing = [name for name in named if name not in before["weighted"]]
+        if not missing:
             return
-        job = {"shapes": named, "tokens": 2048, "seconds": 0.1 if brief else 0.4, "square": 1024 if brief else 4096}
+        job = {"shapes": missing, "tokens": 2048, "seconds": 0.1 if brief else 0.4, "square": 1024 if brief else 4096}
         rates = contenders.ask("benchmark.flops", job)
         # the share of positions whose logits are needed, at UltraFeedback's means and K = 2
         share = 610 / 795
         weighted: Record = {}
-        for name in named:
+        for name in missing:
             weighted[name] = {
                 setting: flops.weighted_rate(rates[setting][name], SHAPES[name], response_share=share)
                 for setting in ("bf16", "fp32 highest", "fp32 medium")
             } | {"bf16 square": rates["bf16"]["square"]}
-        self.data["gemm"] = {"rates": rates, "weighted": weighted, "response_share": share}
+        # a rate stays the one that was measured before the first run that it is held against
+        kept = {setting: {**found, **before["rates"].get(setting, {})} for setting, found in rates.items()}
+        self.data["gemm"] = {
+            "rates": kept,
+            "weighted": before["weighted"] | weighted,
+            "response_share": share,
+        }
         for name, found in weighted.items():
             told = ", ".join(f"{setting} {rate / 1e9:,.0f}" for setting, rate in found.items())
             say(f"products of {name}, GFLOP/s: {told}")
