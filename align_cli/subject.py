@@ -155,7 +155,7 @@ class Subject:
         for folder in dict.fromkeys((Path(self.path), Path(self.base.path))):
             for file in (folder / name for name in WRITING):
                 if file.is_file():
-                    digest.update(f"{file.name} {hashlib.blake2b(file.read_bytes()).hexdigest()}\n".encode())
+                    digest.update(f"{file.name} {cache.file_digest(file, paths.cache() / 'weights')}\n".encode())
         return digest.hexdigest()
 
     @cached_property

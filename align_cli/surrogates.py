@@ -16,7 +16,7 @@ from align_cli.logprobs import wide
 def ratio(policy: Tensor, behavior: Tensor) -> Tensor:
     """w = π_θ/q, of the shape of the log-probabilities, in float32 at least; 1 where both are 0."""
     log_ratio = wide(policy) - behavior
-    # not 1 + expm1: what is below 1e-7 would be lost, and with it all that the policy has given up
+    # 1 + expm1 would round away what is below 1e-7: the responses that the policy has given up
     return log_ratio.clamp(max=STEEPEST).exp() + math.exp(STEEPEST) * (log_ratio - STEEPEST).relu()
 
 

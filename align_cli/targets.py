@@ -1,8 +1,8 @@
 """The `target` group: distributions that f-DPG approximates, as log P(x, y) up to a constant of the prompt.
 
 Each is the model that alignment starts from, reweighted: P(x, y) = π_ref(y|x) · weight(x, y). Go et al., arXiv
-2302.08215, section 3; constraints on every response and on means of features are those of Khalifa, Elsahar, Dymetman,
-arXiv 2012.11635.
+2302.08215; constraints on every response and on means of features are those of Khalifa, Elsahar, Dymetman, arXiv
+2012.11635.
 """
 
 import torch

@@ -7,6 +7,7 @@ import shlex
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -333,9 +334,8 @@ def fingerprint(planned: Planned, asked: Any) -> dict[str, Any]:
     for source in sorted(Path(inspect.getfile(inspect.unwrap(planned.runner))).parent.glob("*.py")):
         code.update(source.read_bytes())
     sections = [tree.get(name) for tree in (planned.tree, asked.config or {}) for name in ("data", "scorer")]
-    paths = [section.get(key) for section in sections if section is not None for key in ("path", "paths")]
-    read = [each for path in paths for each in (path if isinstance(path, list) else [path])]
-    values = [*planned.tree["eval"].values(), *read]
+    given = [section.get(key) for section in sections if section is not None for key in ("path", "paths")]
+    values = [*planned.tree["eval"].values(), *chain.from_iterable(e if isinstance(e, list) else [e] for e in given)]
     named = [Path(value).expanduser() for value in values if isinstance(value, str) and value]
     judge = planned.tree.get("judge")
     return {
