@@ -279,8 +279,9 @@ def test_a_reference_of_other_weights_is_noticed(
     assert not (tmp_path / "second" / "model").exists()
 
 
+@pytest.mark.parametrize("algorithm", ["nca", "sft", "orpo"])  # with a reference, and held to the plain way
 def test_a_random_part_is_noticed(
-    tiny_model: Path, ragged_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, tiny_model: Path, rows: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = assembly._network
 
@@ -294,7 +295,7 @@ def test_a_random_part_is_noticed(
     monkeypatch.setattr(assembly, "_network", shaken)
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(WrongStart, match="dropout or another random part is active"):
-        cli.dispatch(["train", *overrides(tiny_model, ragged_file, tmp_path / "run", "algo.beta=1")])
+        cli.dispatch(["train", *overrides(tiny_model, rows(algorithm), tmp_path / "run", *needs(algorithm))])
 
 
 def test_the_dropout_of_a_model_is_silenced(tiny_model: Path) -> None:
