@@ -436,10 +436,14 @@ def test_a_rate_of_products_stays_the_one_that_was_measured_first(
 ) -> None:
     asked: list[list[str]] = []
 
-    def measured(_: str, job: dict[str, Any]) -> dict[str, dict[str, float]]:
+    before = torch.get_float32_matmul_precision()
+    rates = flops.measure_rates([], tokens=4, seconds=0.0, square=8)
+    torch.set_float32_matmul_precision(before)
+
+    def measured(_: str, job: dict[str, Any]) -> dict[str, Any]:
         asked.append(job["shapes"])
-        names = [*job["shapes"], "square"]
-        return {setting: dict.fromkeys(names, float(len(asked))) for setting in ("bf16", "fp32 highest", "fp32 medium")}
+        now = dict.fromkeys([*job["shapes"], "square"], float(len(asked)))
+        return {name: now if isinstance(found, dict) else found for name, found in rates.items()}
 
     monkeypatch.setattr(bench.contenders, "ask", measured)
     monkeypatch.setattr(bench.flops, "weighted_rate", lambda rates, shape, response_share: rates)
@@ -455,6 +459,7 @@ def test_a_rate_of_products_stays_the_one_that_was_measured_first(
         "tiny": 3.0,
     }
     assert made.data["gemm"]["rates"]["bf16"] == {"135M": 1.0, "30M": 2.0, "tiny": 3.0, "square": 1.0}
+    assert made.data["gemm"]["rates"]["tokens"] == 4
 
 
 def test_committed_results_are_whole_and_their_figures_follow_from_their_runs() -> None:

@@ -149,10 +149,8 @@ class Bench:
                 setting: flops.weighted_rate(rates[setting][name], SHAPES[name], response_share=share)
                 for setting in ("bf16", "fp32 highest", "fp32 medium")
             } | {"bf16 square": rates["bf16"]["square"]}
-        # a rate stays the one that was measured before the first run that it is held against
-        kept = {setting: {**found, **before["rates"].get(setting, {})} for setting, found in rates.items()}
         self.data["gemm"] = {
-            "rates": kept,
+            "rates": results.kept_rates(before["rates"], rates),
             "weighted": before["weighted"] | weighted,
             "response_share": share,
         }

@@ -128,6 +128,14 @@ def case_settings(case: Case, lengths: Lengths) -> Record:
     }
 
 
+def kept_rates(before: Mapping[str, Any], rates: Mapping[str, Any]) -> Record:
+    """Rates of products, where one that is there already stays: it was measured before the runs held against it."""
+    kept: Record = dict(rates)
+    for setting, found in before.items():
+        kept[setting] = {**rates.get(setting, {}), **found} if isinstance(found, Mapping) else found
+    return kept
+
+
 def counted(data: Mapping[str, Any], case: str, contender: str) -> dict[int, Record]:
     """The runs that count, by round."""
     return {
