@@ -80,10 +80,12 @@ def _ablations(place: Any, data: Mapping[str, Any]) -> None:
             told = results.ratios(data, name, ALIGN, contender)
             if told is not None and contender != ALIGN:
                 found.append((contender, told["speed"]["median"], told["memory"]["median"]))
-        shared = next((case for case in data["settings"]["cases"] if case == name.removesuffix(" [ablations]")), None)
-        told = None if shared is None else results.ratios(data, shared, ALIGN, UNSHARED)
-        if told is not None:
-            found.insert(0, (UNSHARED, told["speed"]["median"], told["memory"]["median"]))
+        plain = name.removesuffix(" [ablations]")
+        for shared in (f"{plain} [sharing]", plain):
+            told = results.ratios(data, shared, ALIGN, UNSHARED) if shared in data["settings"]["cases"] else None
+            if told is not None:
+                found.insert(0, (UNSHARED, told["speed"]["median"], told["memory"]["median"]))
+                break
     for height, (_, speed, memory) in enumerate(reversed(found)):
         place.barh(height + 0.2, speed, color=STYLE[ALIGN][0], height=0.38, label="groups per second")
         place.barh(height - 0.2, memory, color=STYLE[SHIPPED][0], height=0.38, label="peak memory")

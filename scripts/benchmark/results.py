@@ -217,7 +217,7 @@ def ratios(data: Mapping[str, Any], case: str, against: str, contender: str = AL
 def _target_figures(data: Mapping[str, Any]) -> list[Record]:
     found: list[Record] = []
     for name, settings in data["settings"]["cases"].items():
-        if settings["part"] != "target":
+        if settings["part"] not in ("target", "sharing"):
             continue
         for target in TARGETS:
             if (target.table, target.responses) != (settings["lengths"], settings["responses"]):
