@@ -28,6 +28,7 @@ from benchmark import (
     gate,
     groups,
     online,
+    parts,
     picture,
     plan,
     processes,
@@ -43,6 +44,7 @@ from benchmark.processes import Ended
 from benchmark.shapes import SHAPES, Shape
 
 SMALL = Shape("tiny", 8, 2, 2, 1, 12, 40, "a test")
+TABLED = ("full", "135M")  # the benchmarks whose tables README shows
 
 
 @pytest.mark.parametrize("responses", [2, 4])
@@ -388,14 +390,19 @@ def test_the_readme_gets_the_table_between_its_marks(tmp_path: Path) -> None:
         run(ALIGN, 0, [1.0, 1.0], case=one.name), run(TUNED, 0, [5.0, 6.0], case=one.name), cases=(one,)
     )
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n")
+    begin, end = table.marks("test")
+    readme.write_text(f"before\n\n{begin}\nold\n{end}\n\nafter\n")
     table.write_readme(readme, data)
     table.write_readme(readme, data)  # twice is once
     told = readme.read_text()
-    assert told.startswith(f"before\n\n{table.BEGIN}\n") and told.endswith(f"{table.END}\n\nafter\n")
+    assert told.startswith(f"before\n\n{begin}\n") and told.endswith(f"{end}\n\nafter\n")
     assert "old" not in told
     assert told.count("| tiny | TRL tuned | UltraFeedback-like | 2 | **5.50** (5.50 to 5.50) | ≥ 6 |") == 1
-    assert told.count("(scripts/benchmark/results/test.svg)") == 1
+    assert "svg" not in told  # a picture of the same ratios would say no more
+    curve = case(part="K", contenders=(ALIGN,))
+    more = [run(ALIGN, 0, [1.0, 1.0], case=curve.name)]
+    table.write_readme(readme, benchmark_of(*data["runs"], *more, cases=(one, curve)))
+    assert readme.read_text().count("(scripts/benchmark/results/test.svg)") == 1
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="has no"):
         table.write_readme(readme, data)
@@ -406,10 +413,12 @@ def test_a_disturbed_run_that_was_kept_is_said_under_the_table() -> None:
     assert "1 runs were taken while other processes were at work" in "\n".join(table.lines(data))
 
 
-def test_the_project_readme_has_a_place_for_the_table() -> None:
+@pytest.mark.parametrize("name", TABLED)
+def test_the_project_readme_has_a_place_for_each_table(name: str) -> None:
     told = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert told.count(table.BEGIN) == told.count(table.END) == 1
-    assert told.index(table.BEGIN) < told.index(table.END)
+    begin, end = table.marks(name)
+    assert told.count(begin) == told.count(end) == 1
+    assert told.index(begin) < told.index(end)
 
 
 def test_the_script_shows_what_was_measured(tmp_path: Path) -> None:
@@ -418,17 +427,21 @@ def test_the_script_shows_what_was_measured(tmp_path: Path) -> None:
     shutil.copytree(root / "scripts", tmp_path / "scripts")
     measured = tmp_path / "scripts" / "benchmark" / "results"
     shutil.copy(measured / "full.json", measured / "quick.json")
-    told = (root / "README.md").read_text(encoding="utf-8")
-    before, _, rest = told.partition(table.BEGIN)
-    emptied = before + table.BEGIN + "\n" + table.END + rest.partition(table.END)[2]
+    told = emptied = (root / "README.md").read_text(encoding="utf-8")
+    for name in TABLED:
+        begin, end = table.marks(name)
+        before, _, rest = emptied.partition(begin)
+        emptied = before + begin + "\n" + end + rest.partition(end)[2]
     lines = re.findall(r"^ {4}(scripts/bench\b.*?)(?: {3,}.*)?$", told, re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 3 + len(TABLED)
     readme = tmp_path / "README.md"
+    readme.write_text(emptied, encoding="utf-8")
     for line in lines:
-        readme.write_text(emptied, encoding="utf-8")
+        before = readme.read_text(encoding="utf-8")
         environment = os.environ | {"BENCH_PYTHON": sys.executable}
         subprocess.run([*line.split(), "--show"], cwd=tmp_path, env=environment, check=True)
-        assert readme.read_text(encoding="utf-8") == (told if "--readme" in line else emptied), line
+        assert (readme.read_text(encoding="utf-8") != before) == ("--readme" in line), line
+    assert readme.read_text(encoding="utf-8") == told
 
 
 def test_a_rate_of_products_stays_the_one_that_was_measured_first(
@@ -465,9 +478,38 @@ def test_a_rate_of_products_stays_the_one_that_was_measured_first(
 def test_committed_results_are_whole_and_their_figures_follow_from_their_runs() -> None:
     for path in bench.RESULTS.glob("*.json"):
         data = results.read(path)
-        of = evaluation.figures if data["name"] == "evaluation" else results.figures
-        figures = online.figures if "sampling" in data else of
+        of = {"evaluation": evaluation.figures, "online": online.figures, "parts": parts.figures}
+        figures = of.get(data["name"], results.figures)
         assert json.loads(json.dumps(figures(data))) == data["figures"], path
+
+
+def test_steps_of_both_kinds_and_their_parts_are_timed(tmp_path: Path) -> None:
+    one = Case("sharing", SHAPES["tiny"], fixed(200, 60), 3, 2, 1, (ALIGN, UNSHARED), 1)
+    lengths = bench.lengths_of(one)[:2]
+    shapes.write_model(one.shape, tmp_path, seed=0)
+    job = {"shape": one.shape.name, "folder": str(tmp_path), "pairs": 2, "round": 0}
+    found = parts.measured(job | lengths.as_json())
+    assert found["token_ratio"] == lengths.token_ratio()
+    for kind in (ALIGN, UNSHARED):
+        assert len(found["seconds"][kind]) == 2
+        assert found["parts"][kind].keys() == set(parts.PARTS) - {"rest"}
+        assert all(seconds >= 0 for seconds in found["parts"][kind].values())
+        assert all(found["parts"][kind][part] > 0 for part in ("blocks", "attention", "head"))
+
+
+def test_the_gain_of_sharing_is_taken_pair_by_pair() -> None:
+    alone = {"blocks": 1.0, "attention": 0.5, "head": 0.25, "update": 0.125}
+    step = {"token_ratio": 1.5, "parts": {ALIGN: alone, UNSHARED: {**alone, "blocks": 2.0}}}
+    steps = [
+        step | {"case": "one", "round": 0, "seconds": {ALIGN: [2.0, 4.0], UNSHARED: [3.0, 5.0]}},
+        step | {"case": "one", "round": 1, "seconds": {ALIGN: [8.0], UNSHARED: [16.0]}},
+    ]
+    found = parts.figures({"steps": steps})["one"]
+    assert found["ratio"] == {"median": 1.5, "min": 1.25, "max": 2.0, "rounds": 3}
+    assert found["reached"] and found["target"] == pytest.approx(1.35)
+    assert found["parts"][ALIGN] == {**alone, "rest": 4.0 - 1.875, "whole": 4.0}
+    assert found["parts"][UNSHARED]["rest"] == pytest.approx(5.0 - 2.875)
+    assert "1.50** (1.25 to 2.00)" in parts.lines({"figures": {"one": found}})[-1]
 
 
 def test_the_picture_is_drawn_from_the_json_alone(tmp_path: Path) -> None:

@@ -393,10 +393,14 @@ def main(arguments: Sequence[str]) -> int:
     data = results.read(path)
     data["figures"] = results.figures(data)
     say("\n".join(["", *table.lines(data)]))
-    picture.draw(data, path.with_suffix(".svg"))
+    written = [path]
+    if results.has_curves(data):
+        written.append(path.with_suffix(".svg"))
+        picture.draw(data, written[-1])
     if given.readme:
         table.write_readme(ROOT / "README.md", data)
-    say(f"\n{path}\n{path.with_suffix('.svg')}")
+        written.append(ROOT / "README.md")
+    say("\n".join(["", *map(str, written)]))
     return 0
 
 

@@ -43,11 +43,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--models", default="30M,135M", metavar="NAMES", help="of models (30M,135M)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="processes of each case (5)")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="steps of each kind in a process (3)")
+    parser.add_argument(
+        "--show", action="store_true", help="the table from the JSON that is there; nothing is measured"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
+    if given.show:
+        say("\n".join(lines(results.read(RESULTS / "parts.json"))))
+        return 0
     cases = [
         case
         for name in given.models.split(",")

@@ -136,6 +136,11 @@ def kept_rates(before: Mapping[str, Any], rates: Mapping[str, Any]) -> Record:
     return kept
 
 
+def has_curves(data: Mapping[str, Any]) -> bool:
+    """Whether there is more to draw than the ratios of the table."""
+    return any(told["part"] not in ("target", "sharing") for told in data["settings"]["cases"].values())
+
+
 def counted(data: Mapping[str, Any], case: str, contender: str) -> dict[int, Record]:
     """The runs that count, by round."""
     return {
@@ -166,7 +171,7 @@ def figures(data: Mapping[str, Any]) -> Record:
     speeds = {name: _case_figures(data, name, settings) for name, settings in cases.items()}
     return {
         "cases": {name: found for name, found in speeds.items() if found},
-        "targets": _target_figures(data),
+        "targets": _target_figures(data, speeds),
         "dataset": _dataset_figures(data),
     }
 
@@ -214,7 +219,7 @@ def ratios(data: Mapping[str, Any], case: str, against: str, contender: str = AL
     return {"speed": spread(speed), "memory": spread(memory)}
 
 
-def _target_figures(data: Mapping[str, Any]) -> list[Record]:
+def _target_figures(data: Mapping[str, Any], speeds: Mapping[str, Record]) -> list[Record]:
     found: list[Record] = []
     for name, settings in data["settings"]["cases"].items():
         if settings["part"] not in ("target", "sharing"):
@@ -227,6 +232,7 @@ def _target_figures(data: Mapping[str, Any]) -> list[Record]:
                 continue
             ceiling = settings["token_ratio"]
             speed = target.speed if target.speed is not None else 0.9 * ceiling
+            share = speeds[name][ALIGN].get("share_of_gemm_rate", {}).get("bf16")
             found.append(
                 {
                     "case": name,
@@ -237,6 +243,8 @@ def _target_figures(data: Mapping[str, Any]) -> list[Record]:
                     "speed_target": speed,
                     "memory_target": target.memory,
                     "token_ratio": ceiling if target.against == UNSHARED else None,
+                    # the ratio if a step of align's were its products alone, at the machine's rate
+                    "limit": told["speed"]["median"] / share if share and target.against != UNSHARED else None,
                     "reached": told["speed"]["median"] >= speed
                     and (target.memory is None or told["memory"]["median"] <= target.memory),
                     **told,

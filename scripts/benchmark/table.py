@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmark import plan
+from benchmark import plan, results
 
-BEGIN = "<!-- bench: begin -->"
-END = "<!-- bench: end -->"
+
+def marks(name: str) -> tuple[str, str]:
+    """Between what the README holds the table of a benchmark of this name."""
+    return f"<!-- bench {name}: begin -->", f"<!-- bench {name}: end -->"
 
 
 def lines(data: Mapping[str, Any]) -> list[str]:
@@ -15,8 +17,9 @@ def lines(data: Mapping[str, Any]) -> list[str]:
     figures = data["figures"]
     machine, versions = data["machine"], data["versions"]
     told = [
-        "| model | against | lengths | K | groups/s ratio (min to max) | target | peak memory ratio | target | |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | against | lengths | K | groups/s ratio (min to max) | target | products alone "
+        "| peak memory ratio | target | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in figures["targets"]:
         memory = f"≤ {row['memory_target']}" if row["memory_target"] is not None else ""
@@ -25,7 +28,7 @@ def lines(data: Mapping[str, Any]) -> list[str]:
             goal += f" (90 % of {row['token_ratio']:.2f})"
         told.append(
             f"| {row['model']} | {row['against']}{' K-wise' * _expanded(row)} | {row['lengths']} | {row['responses']} "
-            f"| {_spread(row['speed'])} | {goal} | {row['memory']['median']:.2f} | {memory} "
+            f"| {_spread(row['speed'])} | {goal} | {_number(row['limit'])} | {row['memory']['median']:.2f} | {memory} "
             f"| {'reached' if row['reached'] else 'not reached'} |"
         )
     told += [
@@ -51,6 +54,7 @@ def lines(data: Mapping[str, Any]) -> list[str]:
     loaded = sum(run["disturbed"] and not run["void"] for run in data["runs"])
     told += [
         "",
+        "Products alone: the ratio if a step of align's took no longer than its matrix products at this machine's rate. "
         f"Ratios are of neighbouring runs; medians over {' or '.join(map(str, rounds)) or 'no'} rounds. "
         f"{machine['processor']}, {machine['cpus']} cores, {machine['memory_gb']:.0f} GB; "
         f"threads {data['settings']['threads']}; torch {versions['torch']}, transformers {versions['transformers']}, "
@@ -72,18 +76,20 @@ def lines(data: Mapping[str, Any]) -> list[str]:
 
 
 def write_readme(readme: Path, data: Mapping[str, Any]) -> None:
-    """Put the table and the picture between the two marks.
+    """Put the table, and the picture where there is one, between the two marks.
 
     Raises:
         ValueError: the file has not one of each.
     """
     text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    opening, closing = marks(data["name"])
+    before, begin, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not begin or not end:
-        raise ValueError(f"{readme} has no {BEGIN} and {END}")
-    shown = f"![Ratios, ablations and curves](scripts/benchmark/results/{data['name']}.svg)"
-    readme.write_text("\n".join([before + begin, "", *lines(data), "", shown, "", end + after]), encoding="utf-8")
+        raise ValueError(f"{readme} has no {opening} and {closing}")
+    shown = [f"![Ratios, ablations and curves](scripts/benchmark/results/{data['name']}.svg)", ""]
+    told = [before + begin, "", *lines(data), "", *shown * results.has_curves(data), end + after]
+    readme.write_text("\n".join(told), encoding="utf-8")
 
 
 def _expanded(row: Mapping[str, Any]) -> bool:
