@@ -54,7 +54,7 @@ def lines(data: Mapping[str, Any]) -> list[str]:
     loaded = sum(run["disturbed"] and not run["void"] for run in data["runs"])
     told += [
         "",
-        "Products alone: the ratio if a step of align's took no longer than its matrix products at this machine's rate. "
+        "Products alone: the ratio if a step of align's took no longer than its products at this machine's rate. "
         f"Ratios are of neighbouring runs; medians over {' or '.join(map(str, rounds)) or 'no'} rounds. "
         f"{machine['processor']}, {machine['cpus']} cores, {machine['memory_gb']:.0f} GB; "
         f"threads {data['settings']['threads']}; torch {versions['torch']}, transformers {versions['transformers']}, "
