@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -172,7 +173,7 @@ def measured(job: Record) -> Record:
         )
         for place, each in enumerate(groups.fill(lengths, vocabulary=shape.vocabulary, seed=plan.SEED))
     ]
-    manners = {kind: Manner(**(vars(manner) | {"share": share})) for kind, share in KINDS.items()}
+    manners = {kind: replace(manner, share=share) for kind, share in KINDS.items()}
     batches: dict[str, list[Any]] = {}
     for kind, own in manners.items():
         parts = split(range(len(written)), own.lengths(Measured.of(written)), ranks=1, budget=BUDGET)[0]
@@ -211,15 +212,16 @@ def _alone(engine: Any, network: Any, batches: Sequence[Any], shape: Any) -> Rec
                 rate = flops.product_rate(tokens, columns, rows, torch.bfloat16, 0.1)
                 found["blocks"] += count * 6 * tokens * columns * rows / rate
 
-        query, key, value = (
+        projected = [
             torch.randn(1, heads, tokens, shape.head_width, dtype=torch.bfloat16, requires_grad=True)
             for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-        )
+        ]
         states = torch.randn(kept, shape.hidden, dtype=torch.bfloat16, requires_grad=True)
         weight = network.get_output_embeddings().weight.detach().requires_grad_()
 
-        def attend(given: Any = (query, key, value), layout: Any = batch.layout) -> None:
-            out, _ = shared_attention(nn.Identity(), *given, None, align_layout=layout)
+        def attend(given: Any = projected, layout: Any = batch.layout) -> None:
+            query, key, value = given
+            out, _ = shared_attention(nn.Identity(), query, key, value, None, align_layout=layout)
             torch.autograd.grad(out, given, torch.ones_like(out))
 
         def score(given: Any = (states, weight), targets: Any = batch.targets) -> None:
