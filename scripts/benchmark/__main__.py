@@ -47,15 +47,7 @@ class Bench:
                 say(f"goes on from {self.path}: {len(found['runs'])} runs are there")
                 return found
             say(f"{self.path} is of other code or another machine: it is made anew")
-        return {
-            "format": results.FORMAT,
-            "name": self.path.stem,
-            "git": machine.git(),
-            "tree": tree,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "finished": None,
-            "machine": machine.machine(),
-            "versions": machine.versions(),
+        return results.begun(self.path.stem) | {
             "settings": {
                 "threads": plan.THREADS,
                 "precision": plan.PRECISION,
@@ -87,7 +79,7 @@ class Bench:
         settings = self.data["settings"]
         checks: list[tuple[Case, Record]] = []
         for case in self.cases:
-            model = self.model(case)
+            model = contenders.model(case.shape.name)
             lengths = lengths_of(case)
             written = groups.fill(lengths, vocabulary=case.shape.vocabulary, seed=plan.SEED)
             order = epoch_order(case.rows)
@@ -115,13 +107,6 @@ class Bench:
             if found != self.truth[case.name]:
                 raise gate.Disagreement(f"align reads other token ids than were written: {case.name}")
         say("align reads the token ids that were written, in the order of its steps")
-
-    def model(self, case: Case) -> Path:
-        """The folder of a case's model, made where it is not there."""
-        folder = WORK / "models" / case.shape.name
-        if not (folder / "tokenizer.json").is_file():
-            contenders.ask("benchmark.shapes", {"shape": case.shape.name, "folder": str(folder), "seed": plan.SEED})
-        return folder
 
     def reference(self, case: Case, tuning: Tuning, purpose: str) -> Path:
         """Where the tuned peer keeps what its first run precomputes, within this benchmark."""
@@ -164,7 +149,7 @@ class Bench:
         if case.name in self.data["gate"]:
             return
         rows = WORK / "rows" / "gate.jsonl"
-        model = self.model(case)
+        model = contenders.model(case.shape.name)
         written = groups.fill(lengths_of(case), vocabulary=case.shape.vocabulary, seed=plan.SEED)
         order = epoch_order(case.rows)
         groups.write_rows(groups.placed(written, order), rows)

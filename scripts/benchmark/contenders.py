@@ -171,6 +171,14 @@ def ask(module: str, job: Record) -> Any:
     return json.loads(result.read_text(encoding="utf-8"))
 
 
+def model(name: str) -> Path:
+    """The folder of a model, made where it is not there."""
+    folder = WORK / "models" / name
+    if not (folder / "tokenizer.json").is_file():
+        ask("benchmark.shapes", {"shape": name, "folder": str(folder), "seed": plan.SEED})
+    return folder
+
+
 def step_ends(ended: Ended, steps: int) -> list[float]:
     """When each step ended, in seconds since the start.
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark import machine, results
+from benchmark import results
 from benchmark.__main__ import RESULTS, say
 
 Record = dict[str, Any]
@@ -100,18 +100,15 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)
     asked = questions(given.questions, given.count)
     alphabet = "".join(sorted(set("".join(asked))))
-    data: Record = {section: {} for section in results.SECTIONS} | {
-        "format": results.FORMAT,
-        "name": "evaluation",
-        "git": machine.git(),
-        "tree": machine.tree(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "settings": {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()},
-        "runs": [],  # each side in a process of its own, which these are not
-        "responses": [],
-    }
+    data: Record = (
+        {section: {} for section in results.SECTIONS}
+        | results.begun("evaluation")
+        | {
+            "settings": {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()},
+            "runs": [],  # each side in a process of its own, which these are not
+            "responses": [],
+        }
+    )
     for name, (hidden, layers) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
             longest = max(map(len, asked)) + given.new_tokens + 8

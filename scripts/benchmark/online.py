@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmark import contenders, groups, machine, plan, results
+from benchmark import contenders, groups, plan, results
 from benchmark.__main__ import ATTEMPTS, RESULTS, epoch_order, lengths_of, say
 from benchmark.contenders import ROOT, WORK, Record
 from benchmark.lengths import fixed
@@ -193,15 +193,7 @@ class Online:
     def __init__(self, path: Path, *, accept_load: bool) -> None:
         self.path = path
         self.accept_load = accept_load
-        self.data: Record = {
-            "format": results.FORMAT,
-            "name": path.stem,
-            "git": machine.git(),
-            "tree": machine.tree(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "finished": None,
-            "machine": machine.machine(),
-            "versions": machine.versions(),
+        self.data: Record = results.begun(path.stem) | {
             "settings": {"threads": plan.THREADS, "learning_rate": plan.LEARNING_RATE, "models": {}, "cases": {}},
             "gate": {},
             "gemm": {},
@@ -217,9 +209,7 @@ class Online:
 
     def model(self, name: str) -> Path:
         """The folder of a model, made where it is not there."""
-        folder = WORK / "models" / name
-        if not (folder / "tokenizer.json").is_file():
-            contenders.ask("benchmark.shapes", {"shape": name, "folder": str(folder), "seed": plan.SEED})
+        folder = contenders.model(name)
         self.data["settings"]["models"][name] = asdict(SHAPES[name]) | {"weights": SHAPES[name].weights}
         return folder
 

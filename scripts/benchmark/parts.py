@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 
 from align_cli import process
-from benchmark import contenders, flops, groups, machine, plan, results, worker
+from benchmark import contenders, flops, groups, plan, results, worker
 from benchmark.__main__ import RESULTS, lengths_of, say
-from benchmark.contenders import WORK
 from benchmark.lengths import Lengths
 from benchmark.plan import ALIGN, UNSHARED, Case
 from benchmark.shapes import SHAPES
@@ -61,19 +60,15 @@ def main(arguments: Sequence[str]) -> int:
         for case in plan.sharing(SHAPES[name], groups=2, timed=given.pairs, repeats=given.repeats)
         if given.only in case.name
     ]
-    data: Record = {section: {} for section in results.SECTIONS} | {
-        "format": results.FORMAT,
-        "name": "parts",
-        "git": machine.git(),
-        "tree": machine.tree(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "finished": None,
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "settings": {"threads": plan.THREADS, "pairs": given.pairs, "budget": BUDGET},
-        "runs": [],  # whole command lines, which these are not
-        "steps": [],
-    }
+    data: Record = (
+        {section: {} for section in results.SECTIONS}
+        | results.begun("parts")
+        | {
+            "settings": {"threads": plan.THREADS, "pairs": given.pairs, "budget": BUDGET},
+            "runs": [],  # whole command lines, which these are not
+            "steps": [],
+        }
+    )
     for number in range(given.repeats):
         for case in cases:
             found = contenders.ask("benchmark.parts", job_of(case, given.pairs, number))
@@ -89,9 +84,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def job_of(case: Case, pairs: int, number: int) -> Record:
-    """What a process is told; the model is made where it is not there."""
-    folder = WORK / "models" / case.shape.name
-    contenders.ask("benchmark.shapes", {"shape": case.shape.name, "folder": str(folder), "seed": plan.SEED})
+    """What a process is told."""
+    folder = contenders.model(case.shape.name)
     lengths = lengths_of(case)[: case.groups]
     return {"shape": case.shape.name, "folder": str(folder), "pairs": pairs, "round": number} | lengths.as_json()
 

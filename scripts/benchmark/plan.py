@@ -19,6 +19,8 @@ ALIGN, SHIPPED, TUNED, UNSHARED = "align", "TRL as shipped", "TRL tuned", "align
 # weights AdamW's updates are mostly lost; that is tried once, and how many of them move is measured.
 WEIGHTS, OTHER_WEIGHTS = "float32", "bfloat16"
 
+COMPARED = ("target", "sharing")  # the parts of a plan that have targets
+
 # What an ablation or a curve adds to align's command line.
 OVERRIDES: dict[str, tuple[str, ...]] = {
     ALIGN: (),

@@ -14,14 +14,15 @@ figures       medians and ratios, derived from `runs` alone by `figures`
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmark import flops
+from benchmark import flops, machine
 from benchmark.lengths import Lengths
-from benchmark.plan import ALIGN, TARGETS, UNSHARED, Case
+from benchmark.plan import ALIGN, COMPARED, TARGETS, UNSHARED, Case
 from benchmark.shapes import SHAPES
 
 FORMAT = 1
@@ -67,6 +68,20 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def begun(name: str) -> Record:
+    """The sections of a benchmark that starts now, which say what it is of."""
+    return {
+        "format": FORMAT,
+        "name": name,
+        "git": machine.git(),
+        "tree": machine.tree(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "finished": None,
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+    }
 
 
 def check(data: Mapping[str, Any]) -> list[str]:
@@ -138,7 +153,7 @@ def kept_rates(before: Mapping[str, Any], rates: Mapping[str, Any]) -> Record:
 
 def has_curves(data: Mapping[str, Any]) -> bool:
     """Whether there is more to draw than the ratios of the table."""
-    return any(told["part"] not in ("target", "sharing") for told in data["settings"]["cases"].values())
+    return any(told["part"] not in COMPARED for told in data["settings"]["cases"].values())
 
 
 def counted(data: Mapping[str, Any], case: str, contender: str) -> dict[int, Record]:
@@ -222,7 +237,7 @@ def ratios(data: Mapping[str, Any], case: str, against: str, contender: str = AL
 def _target_figures(data: Mapping[str, Any], speeds: Mapping[str, Record]) -> list[Record]:
     found: list[Record] = []
     for name, settings in data["settings"]["cases"].items():
-        if settings["part"] not in ("target", "sharing"):
+        if settings["part"] not in COMPARED:
             continue
         for target in TARGETS:
             if (target.table, target.responses) != (settings["lengths"], settings["responses"]):

@@ -38,7 +38,7 @@ def lines(data: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, contenders in figures["cases"].items():
-        if data["settings"]["cases"][name]["part"] not in ("target", "sharing"):
+        if data["settings"]["cases"][name]["part"] not in plan.COMPARED:
             continue
         for contender, found in contenders.items():
             amortised = found.get("groups_per_second_with_reference", {})
