@@ -490,6 +490,7 @@ def test_steps_of_both_kinds_and_their_parts_are_timed(tmp_path: Path) -> None:
     job = {"shape": one.shape.name, "folder": str(tmp_path), "pairs": 2, "round": 0}
     found = parts.measured(job | lengths.as_json())
     assert found["token_ratio"] == lengths.token_ratio()
+    assert found["tokens"] == {ALIGN: lengths.unique().sum(), UNSHARED: lengths.logical().sum()}
     for kind in (ALIGN, UNSHARED):
         assert len(found["seconds"][kind]) == 2
         assert found["parts"][kind].keys() == set(parts.PARTS) - {"rest"}

@@ -187,7 +187,8 @@ def measured(job: Record) -> Record:
             if number >= plan.WARM:
                 seconds[kind].append(time.perf_counter() - begun)
     alone = {kind: _alone(engine, network, batches[kind], shape) for kind in KINDS}
-    return {"seconds": seconds, "parts": alone, "token_ratio": lengths.token_ratio()}
+    tokens = {kind: sum(batch.input_ids.shape[1] for batch in batches[kind]) for kind in KINDS}
+    return {"seconds": seconds, "tokens": tokens, "parts": alone, "token_ratio": lengths.token_ratio()}
 
 
 def _alone(engine: Any, network: Any, batches: Sequence[Any], shape: Any) -> Record:
