@@ -1,16 +1,21 @@
 """What is computed again in the backward pass: the same values and gradients, and less that is kept."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from align_cli.models import recompute
-from align_cli.models.recompute import ByRows, Spared, sparing
+from align_cli.models.recompute import ByRows, Spared, closed_form, norm_slopes, product_slopes, sparing
 
 
 def llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
@@ -32,6 +37,12 @@ def ids() -> Tensor:
 
 def gradients(network: nn.Module, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(network.parameters())))
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    """As far as five norms allow, whose own gradients take about eight roundings to fp32 each."""
+    for slope, own in zip(found, expected, strict=True):
+        torch.testing.assert_close(slope, own, rtol=0, atol=5 * 8 * 2**-24 * float(own.abs().max()))
 
 
 def bytes_kept(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -64,9 +75,7 @@ def test_values_are_the_same_bits_and_gradients_those_of_autograd(monkeypatch: p
     with sparing():
         found = lean(input_ids=ids(), use_cache=False).logits
     assert torch.equal(found, expected)
-    # Sums over rows are made in another order; every term is at most the largest entry, in float64.
-    for slope, own in zip(gradients(lean, (found * weight).sum()), slopes, strict=True):
-        torch.testing.assert_close(slope, own, rtol=1e-12, atol=1e-12)
+    assert_same(gradients(lean, (found * weight).sum()), slopes)
 
 
 def test_without_gradients_and_outside_of_a_sparing_pass_the_model_is_itself() -> None:
@@ -76,8 +85,7 @@ def test_without_gradients_and_outside_of_a_sparing_pass_the_model_is_itself() -
     with torch.no_grad():
         assert torch.equal(lean(input_ids=ids()).logits, plain(input_ids=ids()).logits)
     one, other = (network(input_ids=ids(), use_cache=False).logits.square().sum() for network in (lean, plain))
-    for slope, own in zip(gradients(lean, one), gradients(plain, other), strict=True):
-        torch.testing.assert_close(slope, own, rtol=1e-12, atol=1e-12)
+    assert_same(gradients(lean, one), gradients(plain, other))
 
 
 def test_a_copy_of_a_model_computes_with_its_own_weights() -> None:
@@ -127,16 +135,59 @@ def test_frozen_weights_get_no_gradient_and_pass_it_on() -> None:
     assert norm.weight.grad is not None
 
 
-def test_gradients_of_rows_are_right_to_finite_differences() -> None:
-    norm = nn.RMSNorm(5, eps=1e-6).double()  # transformers' own are fp32 inside
-    rows = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: ByRows.apply(norm, 1, x, w), (rows, norm.weight))
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
 
-    def product(gate: Tensor, up: Tensor) -> Tensor:
-        return torch.nn.functional.silu(gate) * up
 
-    other = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda g, u: ByRows.apply(product, 2, g, u), (rows, other))
+def product(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_gradients_of_rows_are_right_to_finite_differences(closed: bool) -> None:
+    norm = nn.RMSNorm(5, eps=1e-2).double()  # transformers' own are fp32 inside
+    rows, other, weight = drawn(4, 3, 5, seed=2), drawn(4, 3, 5, seed=3), drawn(5, seed=4)
+
+    def normed(x: Tensor, w: Tensor) -> Any:
+        def function(each: Tensor) -> Tensor:
+            return torch.func.functional_call(norm, {"weight": w}, each)
+
+        return ByRows.apply(function, partial(norm_slopes, 1e-2, 0.0) if closed else None, 1, x, w)
+
+    def gated(g: Tensor, u: Tensor) -> Any:
+        return ByRows.apply(product, partial(product_slopes, nn.functional.silu) if closed else None, 2, g, u)
+
+    assert torch.autograd.gradcheck(normed, (rows, weight))
+    assert torch.autograd.gradcheck(gated, (rows, other))
+
+
+@pytest.mark.parametrize(
+    ("norm", "offset"),
+    [
+        (LlamaRMSNorm(6, eps=1e-5), 0.0),
+        (Olmo2RMSNorm(6), 0.0),  # rounds after its weights, not before
+        (GemmaRMSNorm(6), 1.0),
+        (Gemma3RMSNorm(6), 1.0),
+    ],
+)
+def test_the_closed_form_of_a_family_s_norm_is_found(norm: nn.Module, offset: float) -> None:
+    closed = closed_form(norm.requires_grad_(False).bfloat16())
+    assert isinstance(closed, partial) and closed.args[1] == offset
+
+
+class Centred(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+
+class OfAnotherEpsilon(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, 2 * self.variance_epsilon)
+
+
+@pytest.mark.parametrize("norm", [Centred(6), OfAnotherEpsilon(6), Gemma3nRMSNorm(6, with_scale=False)])
+def test_a_norm_that_computes_something_else_has_no_closed_form(norm: nn.Module) -> None:
+    assert closed_form(norm) is None
 
 
 def test_a_feed_forward_part_that_computes_something_else_is_left_alone() -> None:
