@@ -180,24 +180,25 @@ class TorchEngine(Engine):
             for name, p in self.parameters.items()
         }
         self.optimizer = adamw(self.masters, optimizer)
+        self.gradients: dict[str, Tensor] = {}  # of weights below fp32, until the step
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
-                parameter.register_post_accumulate_grad_hook(partial(self._collect, self.masters[name]))
+                parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
 
-    @staticmethod
-    def _collect(master: nn.Parameter, parameter: Tensor) -> None:
-        """Add a gradient to its master's as soon as it is there, so that no two copies of all are ever held."""
+    def _collect(self, name: str, parameter: Tensor) -> None:
+        """Take a gradient as soon as it is there: the first of a step as it is, the sum with a second one in fp32."""
         assert parameter.grad is not None
-        if master.grad is None:
-            master.grad = parameter.grad.float()
-        else:
-            master.grad.add_(parameter.grad)
+        there = self.gradients.get(name)
+        self.gradients[name] = parameter.grad if there is None else there.float().add_(parameter.grad)
         parameter.grad = None
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, lr: float) -> Tensor:
+        while self.gradients:
+            name, gradient = self.gradients.popitem()
+            self.masters[name].grad = gradient.float()
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(list(self.masters.values()), limit)
         for group in self.optimizer.param_groups:

@@ -229,6 +229,17 @@ def test_bf16_weights_move_through_fp32_masters(tiny_model: Path, ragged_file: P
     assert float((1 - norm.float()).max()) >= 2**-8
 
 
+def test_bf16_gradients_of_several_micro_batches_are_summed_in_fp32() -> None:
+    network: Any = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    options = Optimizer(betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, max_grad_norm=None)
+    engine = TorchEngine(network, torch.device("cpu"), manner=causal.Manner(flat=True), optimizer=options)
+    # bf16 has 8 bits: 256 + 1 is 256 there
+    for slopes in ([256.0], [256.0, 1.0, 1.0], [1.0]):
+        for slope in slopes:
+            engine.backward(slope * network(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
+        assert float(engine.step(0.0)) == sum(slopes)
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_evaluation_is_logged_where_it_is_asked_for(
     every: int, tiny_model: Path, ragged_file: Path, tmp_path: Path
