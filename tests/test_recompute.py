@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.axk2.configuration_axk2 import AXK2Config
+from transformers.models.axk2.modeling_axk2 import AXK2GatedRMSNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
@@ -200,6 +202,47 @@ def test_a_feed_forward_part_that_computes_something_else_is_left_alone() -> Non
     recompute.install(network)
     assert "forward" not in vars(network.model.layers[0].mlp)
     assert "forward" in vars(network.model.layers[1].mlp)
+
+
+class Limited(LlamaMLP):
+    """As DeepSeek V4 and Step 3.7 have it: a limit that ordinary states stay below, in some layers."""
+
+    def __init__(self, config: LlamaConfig, limit: float | None) -> None:
+        super().__init__(config)
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_limit_that_only_some_layers_have_is_seen(dtype: torch.dtype) -> None:
+    network = llama(dtype)
+    for layer, limit in zip(network.model.layers, (None, 10.0), strict=True):
+        layer.mlp = Limited(network.config, limit).to(dtype)
+    recompute.install(network)
+    assert ["forward" in vars(layer.mlp) for layer in network.model.layers] == [True, False]
+
+
+def test_parts_whose_own_parts_have_weights_are_left_alone() -> None:
+    class Trained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(self.slope * x)
+
+    network = llama()
+    layer: Any = network.model.layers[0]
+    layer.mlp.act_fn = Trained()
+    layer.input_layernorm = AXK2GatedRMSNorm(AXK2Config(hidden_size=16))
+    recompute.install(network)
+    assert "forward" not in vars(layer.mlp) and "forward" not in vars(layer.input_layernorm)
+    assert "norms" in recompute.kinds(network)  # the other ones
 
 
 class Packed(nn.Linear):
