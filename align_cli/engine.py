@@ -180,25 +180,26 @@ class TorchEngine(Engine):
             for name, p in self.parameters.items()
         }
         self.optimizer = adamw(self.masters, optimizer)
-        self.gradients: dict[str, Tensor] = {}  # of weights below fp32, until the step
+        self.gradients: dict[str, Tensor] = {}  # of weights below fp32, until the update
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
-                parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
+                # Not of the engine itself: a weight that knew it would keep it alive.
+                parameter.register_post_accumulate_grad_hook(partial(self._collect, self.gradients, name))
 
-    def _collect(self, name: str, parameter: Tensor) -> None:
+    @staticmethod
+    def _collect(gradients: dict[str, Tensor], name: str, parameter: Tensor) -> None:
         """Take a gradient as soon as it is there: the first of a step as it is, the sum with a second one in fp32."""
         assert parameter.grad is not None
-        there = self.gradients.get(name)
-        self.gradients[name] = parameter.grad if there is None else there.float().add_(parameter.grad)
+        there = gradients.get(name)
+        gradients[name] = parameter.grad if there is None else there.float().add_(parameter.grad)
         parameter.grad = None
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, lr: float) -> Tensor:
-        while self.gradients:
-            name, gradient = self.gradients.popitem()
-            self.masters[name].grad = gradient.float()
+        for name in list(self.gradients):
+            self.masters[name].grad = self.gradients.pop(name).float()
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(list(self.masters.values()), limit)
         for group in self.optimizer.param_groups:

@@ -97,6 +97,10 @@ def test_operations_are_those_of_the_formula() -> None:
     pairs = 3 * 4 / 2 + (2 * 3 + 2 * 3 / 2) + (1 * 3 + 1)
     expected = 6 * weights * 6 + 12 * 2 * 8 * pairs + 6 * 40 * 8 * 3
     assert flops.group_flops(SMALL, lengths).tolist() == [expected]
+    # each response with its prompt, as two groups of one response
+    apart = [Lengths(np.array([3]), np.array([[each]])) for each in (2, 1)]
+    copies = sum(float(flops.group_flops(SMALL, each)[0]) for each in apart)
+    assert flops.group_flops(SMALL, lengths, shared=False).tolist() == [copies]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -490,6 +494,8 @@ def test_steps_of_both_kinds_and_their_parts_are_timed(tmp_path: Path) -> None:
     job = {"shape": one.shape.name, "folder": str(tmp_path), "pairs": 2, "round": 0}
     found = parts.measured(job | lengths.as_json())
     assert found["token_ratio"] == lengths.token_ratio()
+    # what is shared or not differs by less than the tokens do
+    assert 1 < found["operation_ratio"] < found["token_ratio"]
     assert found["tokens"] == {ALIGN: lengths.unique().sum(), UNSHARED: lengths.logical().sum()}
     for kind in (ALIGN, UNSHARED):
         assert len(found["seconds"][kind]) == 2
@@ -500,7 +506,7 @@ def test_steps_of_both_kinds_and_their_parts_are_timed(tmp_path: Path) -> None:
 
 def test_the_gain_of_sharing_is_taken_pair_by_pair() -> None:
     alone = {"blocks": 1.0, "attention": 0.5, "head": 0.25, "update": 0.125}
-    step = {"token_ratio": 1.5, "parts": {ALIGN: alone, UNSHARED: {**alone, "blocks": 2.0}}}
+    step = {"token_ratio": 1.5, "operation_ratio": 1.25, "parts": {ALIGN: alone, UNSHARED: {**alone, "blocks": 2.0}}}
     steps = [
         step | {"case": "one", "round": 0, "seconds": {ALIGN: [2.0, 4.0], UNSHARED: [3.0, 5.0]}},
         step | {"case": "one", "round": 1, "seconds": {ALIGN: [8.0], UNSHARED: [16.0]}},
@@ -510,7 +516,8 @@ def test_the_gain_of_sharing_is_taken_pair_by_pair() -> None:
     assert found["reached"] and found["target"] == pytest.approx(1.35)
     assert found["parts"][ALIGN] == {**alone, "rest": 4.0 - 1.875, "whole": 4.0}
     assert found["parts"][UNSHARED]["rest"] == pytest.approx(5.0 - 2.875)
-    assert "1.50** (1.25 to 2.00)" in parts.lines({"figures": {"one": found}})[-1]
+    told = parts.lines({"figures": {"one": found}})[-1]
+    assert "1.50** (1.25 to 2.00)" in told and "| 1.25 |" in told
 
 
 def test_the_picture_is_drawn_from_the_json_alone(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ For a group of a prompt of P tokens and responses of R_k tokens,
     12 L d [P(P+1)/2 + Σ (R_k P + R_k (R_k+1)/2)]         attention: scores and values, causal, nothing masked
     6 V H Σ R_k                                           the head, at response positions alone
 
-with L layers, d = heads x head width, V tokens in the vocabulary and H the width. The optimizer, norms, rotations and
-softmaxes are not counted, though they take time.
+with L layers, d = heads x head width, V tokens in the vocabulary and H the width. With a copy of the prompt for each
+response the first two are those of K sequences of P + R_k tokens; the head's is the same. The optimizer, norms,
+rotations and softmaxes are not counted, though they take time.
 """
 
 from typing import Any
@@ -21,12 +22,13 @@ from benchmark.shapes import Shape
 FORMULA = "6 N (P + ΣR) + 12 L d [P(P+1)/2 + Σ(R P + R(R+1)/2)] + 6 V H ΣR"
 
 
-def group_flops(shape: Shape, lengths: Lengths) -> np.ndarray:
-    """(n,) operations for forward and backward of each group."""
+def group_flops(shape: Shape, lengths: Lengths, *, shared: bool = True) -> np.ndarray:
+    """(n,) operations for forward and backward of each group, with one copy of its prompt or one for each response."""
     prompts, responses = lengths.prompts.astype(float), lengths.responses.astype(float)
-    blocks = 6 * shape.matrix_weights * (prompts + responses.sum(1))
-    causal = responses * prompts[:, None] + responses * (responses + 1) / 2
-    seen = prompts * (prompts + 1) / 2 + causal.sum(1)
+    tokens = (lengths.unique() if shared else lengths.logical()).astype(float)
+    blocks = 6 * shape.matrix_weights * tokens
+    own = prompts * (prompts + 1) / 2 * (1 if shared else responses.shape[1])
+    seen = own + (responses * prompts[:, None] + responses * (responses + 1) / 2).sum(1)
     attention = 12 * shape.layers * shape.heads * shape.head_width * seen
     head = 6 * shape.vocabulary * shape.hidden * responses.sum(1)
     return blocks + attention + head

@@ -1,9 +1,10 @@
 """Where the time of a step goes with one copy of each prompt, and with one for each response: `scripts/bench --parts`.
 
 A target asks for nine tenths of the token ratio. What a prompt's copies do not touch bounds what can be had: the head
-reads response positions alone, the optimizer the weights, and a response attends to its prompt in either case. So steps
-of both kinds take turns in one process, through align's own engine, and a machine that slows down slows both; then the
-parts are timed alone on the same groups.
+reads response positions alone, the optimizer the weights, and a response attends to its prompt in either case. The
+ratio of the operations that both kinds need says how much that is, before anything is measured. Steps of both kinds
+take turns in one process, through align's own engine, and a machine that slows down slows both; then the parts are
+timed alone on the same groups.
 
     blocks      the products of all layers, forward and both gradients
     attention   over the rows as they are
@@ -104,6 +105,7 @@ def figures(data: Mapping[str, Any]) -> Record:
         found[name] = {
             "ratio": results.spread(ratios),
             "token_ratio": ceiling,
+            "operation_ratio": runs[0]["operation_ratio"],
             "target": 0.9 * ceiling,
             "reached": median(ratios) >= 0.9 * ceiling,
             "parts": {kind: _parts(runs, kind) for kind in KINDS},
@@ -121,8 +123,8 @@ def _parts(runs: Sequence[Mapping[str, Any]], kind: str) -> Record:
 def lines(data: Mapping[str, Any]) -> list[str]:
     """Markdown: a row for each case, each part's seconds with and without sharing."""
     told = [
-        f"| model, lengths | ratio (min to max) | target | {' | '.join(PARTS)} |",
-        f"|---|---|---|{'---|' * len(PARTS)}",
+        f"| model, lengths | ratio (min to max) | target | operations alone | {' | '.join(PARTS)} |",
+        f"|---|---|---|---|{'---|' * len(PARTS)}",
     ]
     for name, found in data["figures"].items():
         ratio = found["ratio"]
@@ -130,7 +132,8 @@ def lines(data: Mapping[str, Any]) -> list[str]:
         parts = " | ".join(f"{shared[part]:.2f} / {apart[part]:.2f}" for part in PARTS)
         told.append(
             f"| {name.removesuffix(' [sharing]')} | **{ratio['median']:.2f}** ({ratio['min']:.2f} to "
-            f"{ratio['max']:.2f}) | ≥ {found['target']:.3g} (90 % of {found['token_ratio']:.2f}) | {parts} |"
+            f"{ratio['max']:.2f}) | ≥ {found['target']:.3g} (90 % of {found['token_ratio']:.2f}) "
+            f"| {found['operation_ratio']:.2f} | {parts} |"
         )
     return told
 
@@ -188,7 +191,14 @@ def measured(job: Record) -> Record:
                 seconds[kind].append(time.perf_counter() - begun)
     alone = {kind: _alone(engine, network, batches[kind], shape) for kind in KINDS}
     tokens = {kind: sum(batch.input_ids.shape[1] for batch in batches[kind]) for kind in KINDS}
-    return {"seconds": seconds, "tokens": tokens, "parts": alone, "token_ratio": lengths.token_ratio()}
+    needed = {kind: float(flops.group_flops(shape, lengths, shared=share).sum()) for kind, share in KINDS.items()}
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "parts": alone,
+        "token_ratio": lengths.token_ratio(),
+        "operation_ratio": needed[UNSHARED] / needed[ALIGN],
+    }
 
 
 def _alone(engine: Any, network: Any, batches: Sequence[Any], shape: Any) -> Record:
@@ -225,16 +235,15 @@ def _alone(engine: Any, network: Any, batches: Sequence[Any], shape: Any) -> Rec
 
         found["attention"] += shape.layers * least(attend)
         found["head"] += least(score)
-    for master in engine.masters.values():
-        master.grad = torch.zeros_like(master)
+
+    def gradients() -> dict[str, Any]:
+        return {name: torch.zeros_like(parameter) for name, parameter in engine.parameters.items()}
 
     def update() -> None:
+        engine.gradients.update(gradients())
         engine.step(0.0)
-        for master in engine.masters.values():
-            master.grad = torch.zeros_like(master)
 
-    cleared = least(lambda: [torch.zeros_like(master) for master in engine.masters.values()])
-    return found | {"update": max(0.0, least(update) - cleared)}
+    return found | {"update": max(0.0, least(update) - least(gradients))}
 
 
 def least(work: Callable[[], object], times: int = 4) -> float:
