@@ -16,7 +16,15 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal asked a run to stop; it has saved and can be resumed."""
+    """A signal asked a run to stop; it has saved and can be resumed.
+
+    Attributes:
+        command: what goes on from there.
+    """
+
+    def __init__(self, told: str, command: str = "the same command"):
+        super().__init__(told)
+        self.command = command
 
 
 def first_line(error: BaseException) -> str:

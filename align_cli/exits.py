@@ -32,7 +32,7 @@ def guarded(command: Callable[[], int]) -> int:
         terminal.error(str(failure))
         return FAILED
     except Stopped as stopped:
-        terminal.say(f"{stopped}; the same command goes on from there")
+        terminal.say(f"{stopped}; {stopped.command} goes on from there")
         return STOPPED
     except KeyboardInterrupt:
         terminal.say("interrupted")

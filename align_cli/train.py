@@ -170,7 +170,8 @@ def train(
                 if proposal is not None:
                     proposal.save(folder)
         if asked_to_stop and step.number < of:
-            raise Stopped(f"stopped by a signal after step {step.number} of {of}")
+            told = f"stopped by a signal after step {step.number} of {of}"
+            raise Stopped(told, f"the same command with run.dir={experiment.run.dir}")
 
 
 def run_step(

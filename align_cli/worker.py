@@ -105,8 +105,10 @@ def _work(run_dir: Path, *, scores: bool) -> int:
             score(prepared)
         else:
             run(prepared, run_dir)
-    except Stopped:  # all ranks come here together
+    except Stopped as stopped:  # all ranks come here together
         distributed.leave()
+        if LOCKED not in os.environ:  # started by torchrun or srun: the command names the directory
+            raise Stopped(str(stopped)) from None
         raise
     # After an error nobody takes leave: its peers may wait in an exchange with this rank, and it with them for the end
     # of it, while the launcher waits for a rank that has ended.

@@ -110,7 +110,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     (saved,) = committed(run_dir / "checkpoints")
     assert 3 <= saved.step == steps(run_dir)[-1] < STEPS
     assert not (run_dir / "summary.json").exists() and not (run_dir / "model").exists()
-    assert "the same command goes on from there" in forks.log.read_text()
+    assert f"the same command with run.dir={run_dir} goes on from there" in forks.log.read_text()
 
     assert forks.run(*arguments) == exits.DONE
     assert forks.run(*command(tmp_path / "calm")) == exits.DONE
