@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +47,14 @@ def expand(overrides: Sequence[str]) -> tuple[list[list[str]], int]:
     from hydra.core.override_parser.types import Glob
 
     choices: list[list[str]] = []
-    for override in config.parse(overrides):
+    parsed = config.parse(overrides)
+    given = Counter(override.get_key_element().lstrip("+") for override in parsed)
+    for override in parsed:
         if not override.is_sweep_override():
             choices.append([str(override.input_line)])
             continue
+        if given[override.get_key_element().lstrip("+")] > 1:
+            raise UserError(f"{override.input_line}: this key is given twice; give it once, with all its values.")
         if override.is_interval_sweep() or isinstance(override.value(), Glob):
             raise UserError(f"{override.input_line}: a grid needs values; use choice(...) or range(...).")
         key = override.get_key_element()

@@ -230,6 +230,8 @@ OTHER_COMMANDS = {
     "train -m algo=nca,dpoo": ("algo=dpoo: no such choice", "'dpo'"),
     "train -m algo.alpha=1,x": ("algo.alpha=x", "valid number"),
     "train -m algo.alpha=1,1": ("same values",),
+    "train -m algo.alpha=1,2 algo.alpha=3": ("algo.alpha=1,2", "given twice", "all its values"),
+    "train -m algo.alpha=3 +algo.alpha=1,2": ("+algo.alpha=1,2", "given twice"),
     "train -m algo.alpha=interval(0,1)": ("algo.alpha=interval(0,1)", "choice(...) or range(...)"),
     "train -m algo.alpha=glob(*)": ("algo.alpha=glob(*)", "choice(...) or range(...)"),
     "ls algoo": ("there is no group 'algoo'", "algo"),
