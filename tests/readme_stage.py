@@ -39,7 +39,8 @@ def build(home: Path) -> None:
 def models(home: Path) -> None:
     """Models of random weights, and finished runs."""
     model = small_runs.build_reader(home / "FOLDER", seed=0)
-    shutil.copytree(model, home / "Qwen" / "Qwen2.5-0.5B")
+    for name in ("Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct"):
+        shutil.copytree(model, home / "Qwen" / name)
     small_runs.build_reader(home / "HuggingFaceH4" / "mistral-7b-sft-beta", seed=0, family="mistral")
     given = ["model=hf", f"model.path={model}", "data=toy", "world=addition", *WORLD.split(), *TRAINED.split()]
     assert align("train", *given, f"run.dir={home / 'RUN'}", "algo=nca") == exits.DONE

@@ -43,7 +43,7 @@ EVALUATED = "generate.accelerator=cpu generate.precision=fp32 eval.limit=2"
 SHORT = {
     r"(train|score)": TRAINED,
     r"train(?!.*model=)": WORLD,
-    r"(train|score) .*(data=hh|model=mistral7b)": "data.held_out=1 train.prompts=2",
+    r"(train|score) .*(data=hh|model=mistral7b|model=qwen2_5_0_5b)": "data.held_out=1 train.prompts=2",
     r"train .*model=mistral7b launch.devices=8": "launch.devices=1",
     r"train .*launch=prepare": "launch.devices=2",
     r"train .*(source=rollout|algo=(ppo|fdpg))": "source.max_new_tokens=8",
