@@ -44,9 +44,13 @@ def number(value: object, what: str) -> float:
         raise RowError(f"{what} is missing")
     if not isinstance(value, int | float):
         raise RowError(f"{what} is {kind(value)} where a number should be")
-    if not math.isfinite(value):
-        raise RowError(f"{what} is {value}: ratings have to be finite")
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise RowError(f"{what} is {found}: ratings have to be finite")
+    return found
 
 
 def items(value: object, what: str) -> list[object]:

@@ -155,6 +155,8 @@ def parsed(line: bytes) -> Row | RowError:
         return RowError("nested too deeply")
     except RowError as error:
         return error
+    except ValueError:  # Python reads integers of up to 4,300 digits
+        return RowError("not JSON: a number of thousands of digits")
     return row if isinstance(row, dict) else RowError(f"a JSON {type(row).__name__} where an object should be")
 
 
@@ -173,16 +175,20 @@ def listed(file: Path) -> Iterator[Labelled]:
     Raises:
         UserError: it is neither.
     """
-    with opened(file) as stream:
-        first = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    rows: object = None
+    try:
+        with opened(file) as stream:
+            first = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        if first != b"{":
+            with opened(file) as stream:
+                rows = json.loads(stream.read().decode("utf-8-sig"))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{file}: the compressed file is damaged or cut off ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not a JSON list: {error}.") from error
     if first == b"{":
         yield from lines_of(file)
         return
-    with opened(file) as stream:
-        try:
-            rows = json.loads(stream.read().decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{file}: not a JSON list: {error}.") from error
     if not isinstance(rows, list):
         raise UserError(f"{file}: a JSON {type(rows).__name__} where a list of rows should be.")
     for index, row in enumerate(rows):

@@ -155,7 +155,7 @@ def first_of(row: Row, keys: tuple[str, ...], what: str) -> str:
 
 def nca(row: Row, where: str) -> Record:
     """A0, A1, ...: whole dialogues that share all but the last turn; score_A0, score_A1, ..."""
-    names = []
+    names = ["A0"]
     while f"A{len(names)}" in row:
         names.append(f"A{len(names)}")
     dialogues = [messages(field(row, name), name) for name in names]
@@ -186,8 +186,10 @@ def alpaca(row: Row, where: str) -> Record:
     asked = f"{instruction}\n{text(given, 'input')}" if given else instruction
     before: list[Message] = []
     for index, turn in enumerate(items(row.get("history") or [], "history")):
-        user, assistant = (text(words, f"history[{index}]") for words in items(turn, f"history[{index}]"))
-        before += [Message(role="user", content=user), Message(role="assistant", content=assistant)]
+        both = [text(words, f"history[{index}]") for words in items(turn, f"history[{index}]")]
+        if len(both) != 2:
+            raise RowError(f"history[{index}] has {len(both)} texts where a user's and an assistant's should be")
+        before += [Message(role="user", content=both[0]), Message(role="assistant", content=both[1])]
     if not asked.strip():
         raise RowError("the prompt is empty")
     prompt = with_system(row.get("system"), (*before, *one_user(asked)))
@@ -201,7 +203,8 @@ def sharegpt(row: Row, where: str) -> Record:
     turns = with_system(row.get("system"), messages(field(row, "conversations"), "conversations"))
     if row.get("chosen") is None:
         return to_imitate(turns, "conversations", where)
-    one, two = ([row[key]] if isinstance(row[key], dict) else row[key] for key in ("chosen", "rejected"))
+    given = (field(row, key) for key in ("chosen", "rejected"))
+    one, two = ([turn] if isinstance(turn, dict) else turn for turn in given)
     return preferred(turns, response_of(one, "chosen"), response_of(two, "rejected"), where)
 
 
@@ -224,9 +227,9 @@ def sft(row: Row, where: str) -> Record:
     """A prompt and a response to imitate, or messages that end with it."""
     if row.get("messages") is not None:
         return to_imitate(messages(row["messages"], "messages"), "messages", where)
-    asked, answered = next(keys for keys in SFT_KEYS if has(*keys)(row))
-    response = response_of(row[answered], answered)
-    return record_of(prompt_of(row[asked], asked), (response,), (1.0,), where)
+    asked, answered = next((keys for keys in SFT_KEYS if has(*keys)(row)), SFT_KEYS[0])
+    response = response_of(field(row, answered), answered)
+    return record_of(prompt_of(field(row, asked), asked), (response,), (1.0,), where)
 
 
 ANSWERS = ("chosen", "rejected", "completion", "completions", "response")

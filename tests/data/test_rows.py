@@ -53,15 +53,17 @@ def test_a_compressed_file_that_was_cut_off_gives_its_good_rows_and_one_reason(t
 
 def test_each_bad_line_gives_its_place_and_its_reason(tmp_path: Path) -> None:
     lines = [b'{"a": 1}', b'{"a": 1', b"[1, 2]", b'{"a": "\0"}', b'{"a": "\xff"}', b'{"a": 1, "a": 2}', b'{"a": 3}']
+    lines.append(b'{"a": ' + b"9" * 5000 + b"}")
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     found = errors(tmp_path / "a.jsonl")
-    assert list(found) == [":2", ":3", ":4", ":5", ":6"]
+    assert list(found) == [":2", ":3", ":4", ":5", ":6", ":8"]
     wanted = [
         "not JSON: .* in column 8",
         "a JSON list where an object",
         "NUL byte in column 8",
         "not UTF-8",
         "'a' stands twice",
+        "thousands of digits",
     ]
     for reason, pattern in zip(found.values(), wanted, strict=True):
         assert re.search(pattern, reason), (reason, pattern)
@@ -76,6 +78,10 @@ def test_json_lists_and_jsonl_under_the_name_of_json_are_read(tmp_path: Path) ->
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     assert read(tmp_path / "a.json") == ROWS
     assert read(jsonl(tmp_path / "b.json")) == ROWS
+    for name, held in (("cut", gzip.compress(b"[1, 2]")[:-4]), ("plain", b"[1, 2]")):
+        (tmp_path / f"{name}.json.gz").write_bytes(held)
+        with pytest.raises(UserError, match="the compressed file is damaged or cut off"):
+            read(tmp_path / f"{name}.json.gz")
     (tmp_path / "c.json").write_text('"text"')
     with pytest.raises(UserError, match="a JSON str where a list of rows"):
         read(tmp_path / "c.json")

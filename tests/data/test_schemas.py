@@ -190,6 +190,9 @@ BAD = [
     ({"conversations": [{"from": "human", "value": "a"}]}, "has to end with a turn of the assistant"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"}, "the beginning of the other"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}, "part before a turn"),
+    ({"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}}, "no 'rejected'"),
+    ({"instruction": "a", "output": "b", "history": [["one"]]}, r"history\[0\] has 1 texts where a user's and an"),
+    ({"prompt": "a", "completions": ["b"], "rewards": [10**400]}, r"rewards\[0\] is inf"),
 ]
 
 
@@ -197,6 +200,19 @@ BAD = [
 def test_a_bad_row_gives_its_reason(row: Row, reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         record(row)
+
+
+@pytest.mark.parametrize(
+    "name, row, reason",
+    [
+        ("nca", {"score_A0": 1}, "no 'A0': the keys are score_A0"),
+        ("sft", {"question": "a", "answer": None}, "no 'answer': the keys are question, answer"),
+        ("sft", {}, "no 'answer'"),
+    ],
+)
+def test_a_row_of_another_schema_than_the_one_that_is_named_gives_its_reason(name: str, row: Row, reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        schemas.SCHEMAS[name].record(row, "here")
 
 
 @pytest.mark.parametrize(
