@@ -91,8 +91,12 @@ def endpoint() -> Endpoint:
 
 def asked_for(section: Mapping[str, Any]) -> dict[str, Any]:
     """What a section `judge` and the environment together decide: whose verdicts an evaluation rests on."""
-    model = section["model"] or os.environ.get(MODEL, "").strip()
-    return {**section, "model": model, "where": endpoint().where}
+    return {**section, "model": model_of(section), "where": endpoint().where}
+
+
+def model_of(section: Mapping[str, Any]) -> str:
+    """The model that a section `judge` names, or else the environment; empty where neither does."""
+    return section["model"] or os.environ.get(MODEL, "").strip()
 
 
 def _is_loopback(host: str) -> bool:

@@ -25,6 +25,7 @@ from align_cli import claims, config, exits, experiment, launch, process, recipe
 from align_cli.claims import Judged, Range
 from align_cli.experiment import Experiment
 from align_cli.recipe import Expectation, Recipe, Run, Scale
+from align_cli.results import answers, path_of
 
 LAST_WORDS = 3  # lines of a failed job's log that are shown
 PAUSE = 0.05  # seconds between two looks at the jobs
@@ -98,10 +99,13 @@ def jobs(reproduction: Reproduction) -> list[Job]:
     """
     found: list[Job] = []
     trees: dict[str, config.Tree] = {}  # of runs that were composed already
+    asked = [
+        config.compose("evaluate", recipe.evaluation(e), reproduction.config_dirs) for e in reproduction.scale.evaluate
+    ]
     for seed in reproduction.seeds:
         if reproduction.scale.study is not None:
             found.append(_study_job(reproduction, seed))
-        found += [_run_job(reproduction, run, seed, trees) for run in _in_order(reproduction.scale.runs)]
+        found += [_run_job(reproduction, run, seed, trees, asked) for run in _in_order(reproduction.scale.runs)]
     return found
 
 
@@ -134,7 +138,9 @@ def arguments(reproduction: Reproduction, run: Run, seed: int, folder: Path | No
     return run.placed(seed, folders, named.run_dir(run, seed))
 
 
-def _run_job(reproduction: Reproduction, run: Run, seed: int, trees: dict[str, config.Tree]) -> Job:
+def _run_job(
+    reproduction: Reproduction, run: Run, seed: int, trees: dict[str, config.Tree], asked: Sequence[config.Tree]
+) -> Job:
     run_dir = reproduction.run_dir(run, seed)
     given = arguments(reproduction, run, seed)
     flags = [*config.plugins(), *(part for each in reproduction.config_dirs for part in ("--config-dir", each))]
@@ -151,8 +157,9 @@ def _run_job(reproduction: Reproduction, run: Run, seed: int, trees: dict[str, c
         )
 
     def finished() -> bool:
-        evaluated = all((run_dir / "eval" / f"{choice}.json").is_file() for choice in choices)
-        return rundir.read_summary(run_dir) is not None and evaluated
+        return rundir.read_summary(run_dir) is not None and all(
+            answers(path_of(run_dir, choice), tree) for choice, tree in zip(choices, asked, strict=True)
+        )
 
     needs = tuple(reproduction.run_dir(other, seed) for other in reproduction.scale.runs if other.name in run.needs)
     ranks = experiment.devices(reproduction.experiments[run.name])
@@ -236,7 +243,8 @@ def run(planned: Sequence[Job], folder: Path, *, room: int, say: Callable[[str],
                 if any(state.startswith("failed") for state in missing):
                     waiting.remove(job)
                     ended(job, f"failed: it reads {', '.join(_short(job, states))}, which failed")
-                elif states[job.folder] != "not started":  # another run of the recipe computes the same
+                elif "stopped" in missing or states[job.folder] != "not started":
+                    # what it needs was stopped by itself, or another run of the recipe computes the same
                     waiting.remove(job)
                 elif not missing and len(running) < room and job.folder not in [each.job.folder for each in running]:
                     waiting.remove(job)

@@ -7,12 +7,13 @@ import contextlib
 import fcntl
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from align_cli import rundir, statistics
+from align_cli import judges, rundir, statistics
 from align_cli.errors import UserError
 from align_cli.evals import Item, Result
 from align_cli.statistics import Interval
@@ -20,6 +21,8 @@ from align_cli.tracking import Table
 
 FOLDER = "eval"
 LOCK = ".lock"
+TRAINING = ("data", "algo", "scorer")  # sections of the configuration of training
+SETTINGS = ("generate", "judge", "code", *TRAINING)  # what a runner's result depends on beside its own options
 HEADINGS = ["eval", "metric", "value [95 %]", "n", "judge"]
 SAMPLED = 100  # items of an evaluation that Weights & Biases shows
 
@@ -126,10 +129,14 @@ def write(out: Path, finished: Finished) -> None:
     """Write an evaluation and its figures; two processes may do so at once.
 
     Raises:
-        ValueError: an item has a value that is not a finite number, or the id of another.
+        UserError: two items have one id.
+        ValueError: an item has a value that is not a finite number.
     """
-    if len({item.id for item in finished.items}) < len(finished.items):
-        raise ValueError(f"eval={finished.name}: two items have one id.")
+    ids = Counter(item.id for item in finished.items)
+    if len(ids) < len(finished.items):
+        raise UserError(
+            f"eval={finished.name}: several items have the id {ids.most_common(1)[0][0]}; each needs its own."
+        )
     for item in finished.items:
         odd = [name for name, value in item.values.items() if not math.isfinite(value)]
         if odd:
@@ -189,6 +196,25 @@ def read(path: Path) -> Finished:
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not an evaluation ({error}); removed, align evaluate makes it again") from error
+
+
+def answers(path: Path, tree: Mapping[str, Any]) -> bool:
+    """Whether a file holds the evaluation that a configuration asks for, whatever it was made of and by which code.
+
+    A judge is another one where its section differs, or the model that is named there or in the environment.
+    """
+    try:
+        there = read(path).options
+    except UserError:
+        return False
+    plain = [name for name in ("eval", *SETTINGS) if name != "judge"]
+    if any(there.get(name) != tree.get(name) for name in plain):
+        return False
+    judge, judged = tree.get("judge"), there.get("judge")
+    if judge is None or judged is None:
+        return judge is judged
+    named = {**judge, "model": judges.model_of(judge) or judged.get("model")}
+    return all(judged.get(name) == value for name, value in named.items())
 
 
 def _number(value: Any) -> float | None:

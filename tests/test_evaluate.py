@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,36 @@ def test_what_is_there_is_not_made_again(run: Path, monkeypatch: pytest.MonkeyPa
         assert align(*given, "again=true") == 0
     assert told(run, "diversity").figures == results.read(results.path_of(run, "diversity")).figures
     assert align(*given, "eval.limit=3") == 0 and len(told(run, "diversity").items) == 3
+
+
+def test_a_file_answers_what_it_was_asked_and_nothing_else(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("eval=diversity", *SHORT, CPU)
+    assert align("evaluate", str(run), *given) == 0
+    path = results.path_of(run, "diversity")
+
+    def tree(*more: str) -> config.Tree:
+        return config.compose("evaluate", [*given, *more])
+
+    assert results.answers(path, tree()) and results.answers(path, tree("again=true"))
+    assert not any(results.answers(path, tree(more)) for more in ("eval.limit=3", "generate.batch=5", "judge=local"))
+    assert not results.answers(tmp_path / "nothing.json", tree())
+    there = results.read(path)
+    judge = {**tree("judge=local")["judge"], "where": "http://here"}
+    results.write(tmp_path, replace(there, options={**there.options, "judge": {**judge, "model": "one"}}))
+    asked = tree("judge=local")
+    monkeypatch.delenv("ALIGN_JUDGE_MODEL", raising=False)
+    assert results.answers(results.path_of(tmp_path, "diversity"), asked)  # no other model is named
+    for model in ("one", "two"):
+        monkeypatch.setenv("ALIGN_JUDGE_MODEL", model)
+        assert results.answers(results.path_of(tmp_path, "diversity"), asked) == (model == "one")
+
+
+def test_an_option_is_no_file_because_it_is_text(tmp_path: Path) -> None:
+    texts = ("x" * 5000 + " {question}", "~nobody-of-this-name is a prompt", "a\0b", "", 3)
+    assert [evaluate._there(each) for each in texts] == [None] * 5
+    assert evaluate._there(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("key", ["data.path={}", "scorer.path={}/file", "scorer.paths=[{},{}/file]"])
@@ -301,6 +332,7 @@ BAD: list[tuple[list[str], str]] = [
     (["{run}", "eval=loss", "generate.batch=0"], "generate.batch=0"),
     (["{run}", "eval=loss", "again=maybe"], "again=maybe"),
     (["{run}", "eval=loss", "out={file}"], "cannot be written"),
+    (["{run}", "eval=loss", "out={unfinished}"], "holds a run"),
     (["{model}", "eval=loss"], "no data of its own"),
     (["{model}", "eval=diversity", "data=file", "data.path={rows}", "data.held_out=0"], "held_out"),
     (["./runs/nothing", "eval=loss"], "no such run directory"),
@@ -400,6 +432,6 @@ def test_items_without_a_number_and_ids_that_are_two_are_refused(tmp_path: Path)
         return results.Finished("x", {}, {}, [], {}, {}, list(items))
 
     for items in ([Item("a", {"x": float("nan")}, {})], [Item("a", {}, {}), Item("a", {}, {})]):
-        with pytest.raises(ValueError, match=r"a has x=nan|one id"):
+        with pytest.raises(ValueError, match=r"a has x=nan|have the id a"):
             results.write(tmp_path, finished(*items))
     assert not results.all_of(tmp_path)

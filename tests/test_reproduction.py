@@ -18,7 +18,7 @@ from small_runs import SETTINGS, align
 from align_cli import config, exits, recipe, reproduction, rundir, terminal
 from align_cli.claims import Range
 from align_cli.recipe import Expectation
-from align_cli.reproduction import judge
+from align_cli.reproduction import Job, judge
 
 CLAIM = {"kind": "ours", "source": "here", "scale": "both"}
 EXACT = {**CLAIM, "kind": "exact"}
@@ -157,6 +157,24 @@ def test_a_run_that_fails_is_told_and_the_others_are_judged(
     assert len(forked) == 2
 
 
+def test_what_needs_a_job_that_was_stopped_by_itself_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped:
+        returncode = exits.STOPPED
+
+        def poll(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(reproduction, "_process", lambda *given: Stopped())
+    one, two = tmp_path / "one", tmp_path / "two"
+    jobs = [
+        Job("one", 0, one, (("train",),), (), 1, lambda: False),
+        Job("two", 0, two, (("train",),), (one,), 1, lambda: False),
+    ]
+    assert reproduction.run(jobs, tmp_path, room=2, say=terminal.silent) == {one: "stopped", two: "not started"}
+
+
 def test_a_job_s_process_speaks_into_its_log(tmp_path: Path) -> None:
     process = reproduction._process(["train", "algo=nothing"], dict(os.environ), tmp_path / "log")
     assert process.wait() == exits.USER
@@ -226,6 +244,9 @@ def test_every_job_of_a_recipe_finds_the_parts_of_a_plugin(
         for command in commands:
             config.use([])  # each is a process of its own
             assert align(*shlex.split(command)) == exits.DONE, command
+        config.use([])
+        assert align("reproduce", "mine.yaml", "--plugin", "of_squares", "dir=out", "seeds=1") == exits.DONE
+        assert "1 of 1 jobs are finished already" in capsys.readouterr().err
     assert "eval/loss/square" in json.loads(next(Path("out").glob("runs/*/seed=0/summary.json")).read_text())
     assert json.loads(Path("out/study/seed=0.json").read_text())["figures"] == {"half": 1.5}
 

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 import align_cli
-from align_cli import config, exits, judges, paths, results, terminal
+from align_cli import config, exits, judges, paths, results, rundir, terminal
 from align_cli.commands import arguments, calibrate
 from align_cli.commands.arguments import Arguments
 from align_cli.commands.listing import print_table
@@ -22,13 +22,11 @@ from align_cli.config import Tree
 from align_cli.errors import RunError, Stopped, UserError
 from align_cli.evals import Result, Training
 from align_cli.judges import Judge
-from align_cli.results import Finished
+from align_cli.results import SETTINGS, TRAINING, Finished
 from align_cli.sandbox import Code, opened
 
 USAGE = "align evaluate RUN_OR_MODEL eval=NAME,... [key=value ...]"
-TRAINING = ("data", "algo", "scorer")  # sections of the configuration of training
 INJECTED = ("judge", "sandbox", "training")  # parameters of a runner that the program gives
-SETTINGS = ("generate", "judge", "code", *TRAINING)  # what a runner's result depends on beside its own options
 
 
 @dataclass(frozen=True)
@@ -228,6 +226,9 @@ def place(out: str | None, asked: Any) -> Path:
     """
     slug = asked.name.strip("/").replace("/", "--").lstrip(".") or "model"
     folder = Path(out).expanduser() if out is not None else asked.run or Path("evaluations") / slug
+    if folder != asked.run and (folder / rundir.CONFIG).is_file():
+        # its summary would make an unfinished run a finished one
+        raise UserError(f"out={folder} holds a run, of which this evaluation is not; choose another folder.")
     try:
         (folder / results.FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -336,7 +337,6 @@ def fingerprint(planned: Planned, asked: Any) -> dict[str, Any]:
     sections = [tree.get(name) for tree in (planned.tree, asked.config or {}) for name in ("data", "scorer")]
     given = [section.get(key) for section in sections if section is not None for key in ("path", "paths")]
     values = [*planned.tree["eval"].values(), *chain.from_iterable(e if isinstance(e, list) else [e] for e in given)]
-    named = [Path(value).expanduser() for value in values if isinstance(value, str) and value]
     judge = planned.tree.get("judge")
     return {
         "eval": planned.tree["eval"],
@@ -345,8 +345,17 @@ def fingerprint(planned: Planned, asked: Any) -> dict[str, Any]:
         "weights": asked.digest,
         "writing": asked.writing,
         "made_by": code.hexdigest(),
-        "files": [_files(path) for path in named if path.exists()],
+        "files": [_files(path) for value in values if (path := _there(value)) is not None],
     }
+
+
+def _there(value: Any) -> Path | None:
+    """The file or folder that an option names, if it is one: a prompt is an option, too."""
+    try:
+        path = Path(value).expanduser() if isinstance(value, str) and value else None
+        return path if path is not None and path.exists() else None
+    except (OSError, RuntimeError):  # too long for a name; nobody's home
+        return None
 
 
 def _files(path: Path) -> list[list[Any]]:
