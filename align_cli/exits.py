@@ -1,6 +1,7 @@
 """Exit codes, and how an error becomes one."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -9,6 +10,9 @@ from types import FrameType
 
 from align_cli import terminal
 from align_cli.errors import RunError, Stopped, UserError
+
+# A disk that is full or broken, a file that may not be read or written: a traceback would say no more.
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 DONE = 0
 FAILED = 1
@@ -40,6 +44,11 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has to go somewhere
         return DONE
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        terminal.error(f"{error.filename or 'a file'}: {error.strerror}")
+        return FAILED
 
 
 @contextlib.contextmanager

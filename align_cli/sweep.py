@@ -19,6 +19,7 @@ from types import FrameType
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from align_cli import config, exits, rundir, terminal
 from align_cli.config import Tree, quoted
@@ -176,6 +177,7 @@ def show(planned: Sequence[Job], states: dict[Path, str]) -> None:
         figures = [summaries[job.run_dir].get(name) for name in names]
         cells = [f"{figure:.4g}" if isinstance(figure, float) else "" for figure in figures]
         values = [part.partition("=")[2] for part in job.swept]
-        table.add_row(str(number), *values, states.get(job.run_dir, "not started"), *cells)
+        told = [str(number), *values, states.get(job.run_dir, "not started"), *cells]
+        table.add_row(*map(Text, told))  # brackets in a value are no markup
     Console().print(table)
     terminal.result(f"runs in {planned[0].run_dir.parent}")

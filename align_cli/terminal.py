@@ -47,8 +47,11 @@ def result(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line about what is going on: standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """A line about what is going on: standard error. Where nobody reads it any longer, work goes on without it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what is still buffered has to go somewhere
 
 
 def silent(text: str) -> None:

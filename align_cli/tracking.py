@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -104,7 +105,8 @@ class Tracker(Silent):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._show.stop()
-        self._file.close()
+        with suppress(OSError):  # the disk was full, and `log` has said so
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if self._finished else 1)
 

@@ -1,5 +1,6 @@
 """The command `align`: help, version, completion, and how an error becomes an exit code."""
 
+import errno
 import importlib
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from align_cli import __version__, cli, exits, paths
+from align_cli import __version__, cli, exits, paths, terminal
 from align_cli.commands import completion
 from align_cli.errors import Stopped, UserError
 
@@ -156,3 +157,22 @@ def test_completion_can_be_installed(tmp_path: Path) -> None:
     path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ended = subprocess.run(["bash", "-c", script], env=path, capture_output=True, text=True, check=False)
     assert ended.stdout.splitlines() == ["complete -F _align_completion align", "algo=nca"], ended.stderr
+
+
+def test_work_goes_on_where_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        terminal.say("one")
+        terminal.warn("two")
+
+
+def test_what_the_machine_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(number: int) -> int:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    assert exits.guarded(lambda: fails(errno.ENOSPC)) == exits.FAILED
+    assert capsys.readouterr().err == "error: some/file: No space left on device\n"
+    with pytest.raises(FileNotFoundError):  # nobody expected it
+        exits.guarded(lambda: fails(errno.ENOENT))

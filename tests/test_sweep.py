@@ -142,3 +142,10 @@ def test_jobs_with_long_or_odd_values_have_folders_of_their_own() -> None:
     names = {sweep.folder_name((f"data.path='/a b/{letter * 300}'",)) for letter in "xy"}
     assert len(names) == 2
     assert all(len(name) < 200 and "/" not in name for name in names)
+
+
+def test_brackets_in_a_swept_value_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [sweep.Job((), (f"scorer.paths={value}",), tmp_path / value[1]) for value in ("[/rm/a]", "[q_proj]")]
+    sweep.show(jobs, {})
+    printed = capsys.readouterr().out
+    assert "[/rm/a]" in printed and "[q_proj]" in printed

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import wandb_files
 
 from align_cli import terminal, tracking
+from align_cli.errors import RunError
 from align_cli.tracking import Silent, Track, Tracker
 
 ALONE = Track(name="none", project=None, group=None, run_name=None, every=1, lines=1e9)
@@ -93,6 +95,17 @@ def test_progress_is_a_plain_line_where_there_is_no_terminal(
         "step 1/3  loss 0.5000  1,234 tokens/s",
         "step 3/3  loss 0.5000  1,234 tokens/s  0:00 left",
     ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_is_said_once_and_clearly(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match="No space left on device"),
+        Tracker(tmp_path, CONFIG, ALONE, steps=3, resumed=None) as tracker,
+    ):
+        tracker._file.close()
+        tracker._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+        tracker.log(1, {"loss": 0.5})
 
 
 class Terminal(io.StringIO):
