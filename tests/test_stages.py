@@ -333,7 +333,10 @@ def partitioned(*given, **named):
     return made
 assembly.deepspeed_config = partitioned
 import ranks
-ranks.main(sys.argv[1:])
+from align_cli import distributed, terminal
+terminal.quiet_libraries()
+distributed.die_with_parent(int(sys.argv[1]))
+ranks.rank(sys.argv[2:])
 """
 
 
