@@ -99,9 +99,10 @@ def jobs(reproduction: Reproduction) -> list[Job]:
     """
     found: list[Job] = []
     trees: dict[str, config.Tree] = {}  # of runs that were composed already
-    asked = [
-        config.compose("evaluate", recipe.evaluation(e), reproduction.config_dirs) for e in reproduction.scale.evaluate
-    ]
+    lines = zip(recipe.evaluations(reproduction.scale), reproduction.scale.evaluate, strict=True)
+    asked = {
+        choice: config.compose("evaluate", recipe.evaluation(line), reproduction.config_dirs) for choice, line in lines
+    }
     for seed in reproduction.seeds:
         if reproduction.scale.study is not None:
             found.append(_study_job(reproduction, seed))
@@ -139,14 +140,13 @@ def arguments(reproduction: Reproduction, run: Run, seed: int, folder: Path | No
 
 
 def _run_job(
-    reproduction: Reproduction, run: Run, seed: int, trees: dict[str, config.Tree], asked: Sequence[config.Tree]
+    reproduction: Reproduction, run: Run, seed: int, trees: dict[str, config.Tree], asked: Mapping[str, config.Tree]
 ) -> Job:
     run_dir = reproduction.run_dir(run, seed)
     given = arguments(reproduction, run, seed)
     flags = [*config.plugins(), *(part for each in reproduction.config_dirs for part in ("--config-dir", each))]
     commands = [("train", *flags, *given)]
     commands += [("evaluate", str(run_dir), *flags, *recipe.evaluation(line)) for line in reproduction.scale.evaluate]
-    choices = recipe.evaluations(reproduction.scale)
     launch.claimable(run_dir)
     if (run_dir / rundir.CONFIG).is_file():
         if run.needs or run.name not in trees:
@@ -158,7 +158,7 @@ def _run_job(
 
     def finished() -> bool:
         return rundir.read_summary(run_dir) is not None and all(
-            answers(path_of(run_dir, choice), tree) for choice, tree in zip(choices, asked, strict=True)
+            answers(path_of(run_dir, choice), tree) for choice, tree in asked.items()
         )
 
     needs = tuple(reproduction.run_dir(other, seed) for other in reproduction.scale.runs if other.name in run.needs)

@@ -118,6 +118,8 @@ def test_what_is_there_is_not_made_again(run: Path, monkeypatch: pytest.MonkeyPa
         assert align(*given, "again=true") == 0
     assert told(run, "diversity").figures == results.read(results.path_of(run, "diversity")).figures
     assert align(*given, "eval.limit=3") == 0 and len(told(run, "diversity").items) == 3
+    monkeypatch.chdir(run.parent)
+    assert align(*given, f"out={run.name}") == 0  # its own folder by another name
 
 
 def test_a_file_answers_what_it_was_asked_and_nothing_else(

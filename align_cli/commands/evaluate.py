@@ -226,7 +226,8 @@ def place(out: str | None, asked: Any) -> Path:
     """
     slug = asked.name.strip("/").replace("/", "--").lstrip(".") or "model"
     folder = Path(out).expanduser() if out is not None else asked.run or Path("evaluations") / slug
-    if folder != asked.run and (folder / rundir.CONFIG).is_file():
+    own = asked.run is not None and folder.resolve() == asked.run.resolve()
+    if not own and (folder / rundir.CONFIG).is_file():
         # its summary would make an unfinished run a finished one
         raise UserError(f"out={folder} holds a run, of which this evaluation is not; choose another folder.")
     try:

@@ -24,6 +24,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 CACHED = 1 << 20  # elements of rows at a time on a CPU: with what is made on the way, about what a cache holds
 
+# what a family's own code raises at rows that it does not expect
+REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
 RowsFunction = Callable[..., Tensor]
 # from rows, parameters and the slope of the function's value to their gradients; None for one that is not wanted
 Slopes = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], Sequence[Tensor | None]]
@@ -258,7 +261,7 @@ def closed_form(module: Any) -> Slopes | None:
     slope = torch.linspace(2, -1, 3 * width, device=device).view(3, width)
     try:
         own = _by_autograd(MethodType(type(module).forward, twin), (True, True), [rows], [weight], slope)
-    except Exception:  # whatever a family's own code does with rows that it does not expect
+    except REFUSALS:
         return None
     for offset in (0.0, 1.0):
         slopes = partial(norm_slopes, epsilon, offset)
@@ -305,5 +308,5 @@ def _is_gated(module: Any) -> bool:
         rows = torch.cat([size * rows for size in (1.0, 1e2, 1e4)], dim=1).to(dtype)
         own = type(module).forward(module, rows)
         return torch.equal(own, _feed_forward(module, rows))
-    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+    except REFUSALS:
         return False
