@@ -4,6 +4,7 @@ Each function returns a sentence for each problem; the parts by themselves have 
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,9 +74,10 @@ def of_parts(tree: Tree, loss: Loss, link: Any) -> list[str]:
             f"algo={algorithm} reward=hard: the best response of a prompt has 0 and the others −∞, none of them above "
             f"algo.threshold={tree['algo']['threshold']}, so that all would be undesirable. Use algo.threshold=-1."
         )
-    if algorithm == "exo" and reward == "hard":
+    if getattr(sys.modules[loss.__module__], "FINITE_REWARDS", False) and reward == "hard":
         problems.append(
-            "algo=exo reward=hard: a label of 0 makes the reverse KL infinite. Use reward=smoothed, as EXO-pref does."
+            f"algo={algorithm} reward=hard: {algorithm} needs finite rewards, and the logarithm of a label of 0 is −∞. "
+            "Use reward=smoothed, as EXO-pref does."
         )
     return problems
 

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small_runs import align, overrides
 
-from align_cli import distributed, experiment, rundir, worker
+from align_cli import distributed, resources, rundir, worker
 from align_cli.errors import UserError
 
 Command = Callable[..., list[str]]
@@ -79,6 +79,7 @@ COMMAND_LINES = {
     "algo.alhpa=1": ("algo.alhpa: no such key", "Did you mean 'alpha'?", "takes alpha, beta"),
     "trian.lr=1": ("trian: no such key", "Did you mean 'train'?"),
     "+algo.gamma=3": ("algo.gamma: no such key", "alpha, beta"),
+    "data.expected={promts:3}": ("data.expected", "promts"),
     "reference.colour=1": ("reference.colour: no such key", "name, path"),
     "=1": ("=1", "write key=value, such as"),
     "algo.alpha": ("algo.alpha", "write key=value, such as"),
@@ -151,7 +152,7 @@ COMMAND_LINES = {
     "algo=f_dpo divergence=null": ("algo=f_dpo needs a divergence", "reverse_kl"),
     "algo=kto reward=hard": ("algo=kto reward=hard", "all would be undesirable", "algo.threshold=-1"),
     "algo=exo reward=smoothed reward.label_smoothing=0.6": ("reward.label_smoothing=0.6", "less than 0.5"),
-    "algo=exo reward=hard": ("algo=exo reward=hard", "infinite", "reward=smoothed"),
+    "algo=exo reward=hard": ("algo=exo reward=hard", "finite rewards", "reward=smoothed"),
     "algo=dpo reward=smoothed": ("reward.alpha=${algo.alpha}", "there is no algo.alpha", "another choice"),
     "algo=dpo reward=smoothed reward.alpha=1": ("algo=dpo reward=smoothed", "algo=cdpo"),
     "algo=sft data.responses=2": ("algo=sft", "data.responses=2", "data.responses=1 keeps the best"),
@@ -513,7 +514,7 @@ def test_only_the_same_run_is_resumed(
     (config := Path("run/config.yaml")).write_text(config.read_text().replace("devices: null", "devices: 1"))
     says(refused(*again("launch.devices=1", "engine=zero1")), "engine.name: 'torch' -> 'zero1'")
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "devices", lambda _: 3)
+        patch.setattr(resources, "devices", lambda _: 3)
         says(refused(*again("launch.devices=1")), "of 1 rank(s)", "gives 3", "launch.devices=1")
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "3")

@@ -14,6 +14,8 @@ from torch.nn.functional import log_softmax
 
 from align_cli.ranges import Positive
 
+FINITE_REWARDS = True  # the reverse KL to a label of 0, whose reward is −∞, is infinite
+
 
 def exo(policy: Tensor, reference: Tensor, rewards: Tensor, *, alpha: Positive, beta: Positive) -> Tensor:
     """Match the policy's distribution over the K responses to the optimal one, as RLHF does: by the reverse KL.

@@ -9,6 +9,24 @@ from torch.testing import assert_close
 from align_cli.preferences import gap, strict_pairs
 from align_cli.verify.batches import random_columns
 
+MUTANTS = [
+    ("gap(scores)", "-gap(scores)"),
+    ("gap(scores) - asked", "gap(scores) + asked"),
+    ("gap(scores) - asked", "gap(scores)"),
+    ("gap(scores)", "gap(scores.sigmoid())"),
+    ("margin * apart", "apart"),
+    ("apart = gap(rewards)", "apart = -gap(rewards)"),
+    (".masked_fill(~apart.isfinite(), 0.0)", ""),
+    ("scores[..., :, None] + scores", "scores[..., :, None] - scores"),
+    ("together.square()", "together.abs()"),
+    ("together.square()", "together.square() / 4"),
+    ("centering * together", "together"),
+    ("together.square() - right", "together.square() + right"),
+    ("(pairs * (", "(pairs.mT * ("),
+    ("(pairs * (", "((pairs > 0) * ("),
+    (".sum((-2, -1))", ".mean((-2, -1))"),
+]
+
 PLAIN = {"centering": 0.0, "margin": 0.0}
 
 

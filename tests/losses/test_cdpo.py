@@ -3,10 +3,13 @@ from types import ModuleType
 
 import torch
 from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair
+from mutants import LOG_RATIO, PAIRED_VALUE, PAIRWISE, SMOOTHED
 from torch.testing import assert_close
 
 from align_cli.losses.dpo import dpo
 from align_cli.verify.batches import random_columns
+
+MUTANTS = [*LOG_RATIO, *PAIRWISE, *SMOOTHED, *PAIRED_VALUE, ("agree + label", "agree - label")]
 
 
 def test_value_at_the_reference_is_log_2(loss: ModuleType) -> None:

@@ -3,9 +3,29 @@ from types import ModuleType
 
 import torch
 from loss_columns import as_reals, gradient
+from mutants import LOG_RATIO, REWARDED
 from torch.testing import assert_close
 
 from align_cli.verify.batches import random_columns
+
+MUTANTS = [
+    *LOG_RATIO,
+    *REWARDED,
+    ("log_q = log_softmax(rewards / alpha", "log_q = log_softmax(rewards * alpha"),
+    ("log_q = log_softmax(rewards / alpha", "log_q = log_softmax(rewards"),
+    ("log_q = log_softmax(rewards / alpha", "log_q = log_softmax(-rewards / alpha"),
+    ("log_q = log_softmax(rewards / alpha, dim=-1)", "log_q = log_softmax(rewards / alpha, dim=0)"),
+    ("log_q = log_softmax(rewards / alpha, dim=-1)", "log_q = rewards / alpha"),
+    ("(policy - reference), dim=-1)", "(policy - reference), dim=0)"),
+    ("log_p.exp() * (log_p - log_q)", "log_q.exp() * (log_q - log_p)"),
+    ("log_p.exp() * (log_p - log_q)", "log_p.exp() * -log_q"),
+    ("log_p.exp() * (log_p - log_q)", "log_p.exp() * (log_q - log_p)"),
+    ("log_p.exp() * (log_p", "log_p.exp().detach() * (log_p"),
+    ("log_p.exp() * (log_p", "log_p * (log_p"),
+    (")).sum(-1)", ")).mean(-1)"),
+    ("return -math.log", "return math.log"),
+    ("dim=-1).mean(-1)", "dim=-1).sum(-1)"),
+]
 
 # L(z) = q (log q − log(1 − ε)) + (1 − q)(log(1 − q) − log ε) with q = σ(z), by independent arithmetic, for these
 # margins z

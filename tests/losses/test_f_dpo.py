@@ -3,6 +3,7 @@ from types import ModuleType
 
 import torch
 from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair
+from mutants import CLASSIFIED, LOG_RATIO, PAIRED_VALUE, PAIRWISE
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -10,6 +11,17 @@ from align_cli.divergences import alpha, forward_kl, js, reverse_kl
 from align_cli.losses.dpo import dpo
 from align_cli.preferences import gap
 from align_cli.verify.batches import random_columns
+
+MUTANTS = [
+    *LOG_RATIO,
+    *PAIRWISE,
+    *CLASSIFIED,
+    *PAIRED_VALUE,
+    ("divergence.f_prime(", "divergence.f("),
+    ("divergence.f_prime(policy - reference)", "(policy - reference)"),
+    ("divergence.f_prime(policy - reference)", "divergence.f_prime((policy - reference).exp())"),
+    ("gap(divergence.f_prime(policy - reference))", "divergence.f_prime(gap(policy - reference))"),
+]
 
 # f′(t) as in the paper's table, up to constants, beside the divergence
 LINKS = [

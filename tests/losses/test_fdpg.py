@@ -28,6 +28,21 @@ from align_cli.losses import fdpg
 from align_cli.metrics import approximation
 from align_cli.verify.tables import log_probabilities
 
+MUTANTS = [
+    ("policy.detach()", "policy"),
+    ("+ log_z[:, None]", ""),
+    ("+ log_z[:, None]", "- log_z[:, None]"),
+    ("reward = -torch.where", "reward = torch.where"),
+    ("divergence.limit, divergence", "0.0, divergence"),
+    ("(now - behavior)", "(behavior - now)"),
+    ("weighted = weight * reward", "weighted = reward"),
+    ("(policy.shape[-1] - 1)", "policy.shape[-1]"),
+    ("(weighted.sum(-1, keepdim=True) - weighted)", "weighted.sum(-1, keepdim=True)"),
+    ("-(weight * reward * policy)", "-(reward * policy)"),
+    ("-(weight * reward * policy)", "(weight * reward * policy)"),
+    (".mean(-1)", ".sum(-1)"),
+]
+
 DIVERGENCES = {
     "reverse_kl": reverse_kl(),
     "forward_kl": forward_kl(),

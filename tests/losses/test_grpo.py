@@ -3,10 +3,21 @@ from types import ModuleType
 
 import torch
 from loss_columns import gradient
+from mutants import RATIO
 from torch import Tensor
 from torch.testing import assert_close
 
 from align_cli.verify.batches import random_columns
+
+MUTANTS = [
+    *RATIO,
+    ("beta * k3", "k3"),
+    ("+ beta * k3", "- beta * k3"),
+    ("k3(policy_tokens, reference_tokens)", "k3(reference_tokens, policy_tokens)"),
+    ("k3(policy_tokens, reference_tokens)", "k3(policy_tokens, behavior_tokens)"),
+    ("k3(policy_tokens, reference_tokens)", "k3(policy_tokens, reference_tokens).detach()"),
+    ("k3(policy_tokens, reference_tokens)", "(policy_tokens - reference_tokens)"),
+]
 
 
 def one(value: float) -> Tensor:

@@ -2,9 +2,21 @@ from types import ModuleType
 
 import torch
 from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair
+from mutants import LOG_RATIO, PAIRWISE
 from torch.testing import assert_close
 
 from align_cli.verify.batches import random_columns
+
+MUTANTS = [
+    *LOG_RATIO,
+    *PAIRWISE,
+    ("(1 - margin).relu()", "(1 + margin).relu()"),
+    ("(1 - margin).relu()", "(-margin).relu()"),
+    ("(1 - margin).relu()", "(1 - margin)"),
+    ("(1 - margin).relu()", "(1 - margin).relu().square()"),
+    (".relu()).sum((-2, -1))", ".relu()).mean((-2, -1))"),
+    ("return pairs.sum((-2, -1))", "return 2 * pairs.sum((-2, -1))"),
+]
 
 
 def test_value_at_the_reference_is_1(loss: ModuleType) -> None:

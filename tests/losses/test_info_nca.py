@@ -3,10 +3,26 @@ from types import ModuleType
 
 import torch
 from loss_columns import NO_REWARD, as_reals, gradient, one_pair
+from mutants import LOG_RATIO, REWARDED
 from torch.testing import assert_close
 
 from align_cli.losses.dpo import dpo
 from align_cli.verify.batches import random_columns
+
+MUTANTS = [
+    *LOG_RATIO,
+    *REWARDED,
+    ("rewards / alpha", "rewards * alpha"),
+    ("rewards / alpha", "rewards"),
+    ("rewards / alpha", "-rewards / alpha"),
+    ("softmax(rewards / alpha, dim=-1)", "softmax(rewards / alpha, dim=0)"),
+    ("softmax(rewards / alpha, dim=-1)", "(rewards / alpha).exp()"),
+    ("log_softmax(score, dim=-1)", "log_softmax(score, dim=0)"),
+    ("log_softmax(score, dim=-1)", "score"),
+    ("-(target", "(target"),
+    (")).sum(-1)", ")).mean(-1)"),
+    ("math.log(responses)", "responses"),
+]
 
 
 def test_value_at_the_reference_is_log_k(loss: ModuleType) -> None:

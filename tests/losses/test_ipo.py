@@ -2,9 +2,23 @@ from types import ModuleType
 
 import torch
 from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair
+from mutants import LOG_RATIO
 from torch.testing import assert_close
 
 from align_cli.verify.batches import random_columns
+
+MUTANTS = [
+    *LOG_RATIO,
+    (" / lengths)", ")"),
+    (" / lengths)", " * lengths)"),
+    ("margin - 1 / (2 * beta)", "margin + 1 / (2 * beta)"),
+    ("margin - 1 / (2 * beta)", "margin - 1 / beta"),
+    ("margin - 1 / (2 * beta)", "margin - 2 * beta"),
+    (".square()).sum", ".abs()).sum"),
+    (".square()).sum", ".square()).mean"),
+    ("(pairs * (margin", "(pairs.mT * (margin"),
+    ("/ (4 * beta**2)", "/ (2 * beta)"),
+]
 
 
 def test_value_at_the_reference_is_one_over_four_beta_squared(loss: ModuleType) -> None:

@@ -3,8 +3,27 @@ from types import ModuleType
 
 import torch
 from loss_columns import NO_REWARD, as_reals, gradient
+from mutants import REWARDED
 from torch import Tensor
 from torch.testing import assert_close
+
+MUTANTS = [
+    *REWARDED,
+    ("(policy - reference -", "(reference - policy -"),
+    ("(policy - reference -", "(policy -"),
+    ("- mismatch_kl[:, None]", "+ mismatch_kl[:, None]"),
+    (" - mismatch_kl[:, None]", ""),
+    ("where(rewards > threshold", "where(rewards < threshold"),
+    ("where(rewards > threshold", "where(rewards >= threshold"),
+    ("where(rewards > threshold", "where(rewards > 0"),
+    ("desirable * (-score).sigmoid(), un", "(-score).sigmoid(), un"),
+    ("undesirable * score.sigmoid()", "desirable * score.sigmoid()"),
+    ("(-score).sigmoid()", "score.sigmoid()"),
+    ("* score.sigmoid()", "* (-score).sigmoid()"),
+    (".sigmoid()).mean(-1)", ".sigmoid()).sum(-1)"),
+    ("undesirable * (1 - good)) / 2", "undesirable * (1 - good))"),
+    ("desirable * good + un", "un"),
+]
 
 OPTIONS = {"beta": 0.2, "threshold": 0.5, "desirable": 1.2, "undesirable": 1.5}
 NO_KL = torch.zeros(1, dtype=torch.float64)

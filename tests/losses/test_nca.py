@@ -3,10 +3,31 @@ from types import ModuleType
 
 import torch
 from loss_columns import NO_REWARD, as_reals, gradient
+from mutants import LOG_RATIO, REWARDED
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from align_cli.verify.batches import random_columns
+
+MUTANTS = [
+    *LOG_RATIO,
+    *REWARDED,
+    ("rewards / alpha", "rewards * alpha"),
+    ("rewards / alpha", "rewards"),
+    ("rewards / alpha", "-rewards / alpha"),
+    ("softmax(rewards / alpha, dim=-1)", "softmax(rewards / alpha, dim=0)"),
+    ("softmax(rewards / alpha, dim=-1)", "(rewards / alpha).exp()"),
+    ("softmax(rewards / alpha, dim=-1)", "softmax(rewards / alpha, dim=-1).sqrt()"),
+    ("-(target", "(target"),
+    ("(target * logsigmoid(score)).sum(-1)", "(target * logsigmoid(score)).mean(-1)"),
+    ("- logsigmoid(-score).mean(-1)", "+ logsigmoid(-score).mean(-1)"),
+    ("- logsigmoid(-score).mean(-1)", "- logsigmoid(score).mean(-1)"),
+    ("- logsigmoid(-score).mean(-1)", "- logsigmoid(-score).sum(-1)"),
+    ("- logsigmoid(-score).mean(-1)", "- (target * logsigmoid(-score)).sum(-1)"),
+    ("- logsigmoid(-score).mean(-1)", "- logsigmoid(-score).mean(0).sum()"),
+    (" - logsigmoid(-score).mean(-1)", ""),
+    (", 2 * math.log(2)", ", math.log(2)"),
+]
 
 
 def test_value_at_the_reference_is_2_log_2_for_any_number_of_responses(loss: ModuleType) -> None:

@@ -8,6 +8,19 @@ from torch.testing import assert_close
 
 from align_cli.verify.batches import random_columns
 
+MUTANTS = [
+    ("likelihood = policy / lengths", "likelihood = policy"),
+    ("likelihood - _log1mexp", "likelihood + _log1mexp"),
+    ("log_odds = likelihood - _log1mexp(likelihood.clamp(max=-CERTAIN))", "log_odds = likelihood"),
+    ("likelihood.clamp(max=-CERTAIN)", "likelihood"),
+    ("likelihood[..., :, None]", "likelihood[..., None, :]"),
+    ("likelihood[..., :, None] + weight", "likelihood[..., :, None] - weight"),
+    ("weight * logsigmoid", "logsigmoid"),
+    ("logsigmoid(gap(log_odds))", "logsigmoid(-gap(log_odds))"),
+    ("return -(pairs", "return (pairs"),
+    ("torch.log(-torch.expm1(x))", "torch.log(torch.exp(x))"),
+]
+
 
 def test_a_pair_costs_its_token_mean_and_the_log_loss_of_its_odds_ratio(loss: ModuleType) -> None:
     # mean token probabilities 1/2 and 1/5: the odds are 1 and 1/4

@@ -2,10 +2,27 @@ from types import ModuleType
 
 import torch
 from loss_columns import gradient
+from mutants import RATIO
 from torch import Tensor
 from torch.testing import assert_close
 
 from align_cli.verify.batches import random_columns
+
+MUTANTS = [
+    *RATIO,
+    ("torch.maximum(", "torch.minimum("),
+    ("(values - returns).square(), ", "(near - returns).square(), "),
+    ("(near - returns).square())", "(values - returns).square())"),
+    ("(near - returns).square())", "(near - old_values).square())"),
+    ("near = old_values + ", "near = "),
+    ("(values - old_values)", "(old_values - values)"),
+    (".clamp(-value_clip, value_clip)", ".clamp(-clip, clip)"),
+    (".clamp(-value_clip, value_clip)", ".clamp(max=value_clip)"),
+    (".clamp(-value_clip, value_clip)", ".clamp(min=-value_clip)"),
+    ("+ value_weight * error / 2", "+ value_weight * error"),
+    ("+ value_weight * error / 2", "+ error / 2"),
+    ("+ value_weight * error / 2", "- value_weight * error / 2"),
+]
 
 OPTIONS = {"clip": 0.2, "value_clip": 0.3, "value_weight": 0.1}
 

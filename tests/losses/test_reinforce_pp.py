@@ -2,9 +2,12 @@ from types import ModuleType
 
 import torch
 from loss_columns import gradient
+from mutants import RATIO
 from torch.testing import assert_close
 
 from align_cli.verify.batches import random_columns
+
+MUTANTS = RATIO
 
 
 def test_at_ratio_1_the_gradient_is_that_of_reinforce(loss: ModuleType) -> None:

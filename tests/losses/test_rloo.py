@@ -6,6 +6,18 @@ from torch.testing import assert_close
 
 from align_cli.verify.batches import random_columns
 
+MUTANTS = [
+    ("ratio(policy, behavior)", "ratio(behavior, policy)"),
+    ("ratio(policy, behavior)", "(policy - behavior)"),
+    ("ratio(policy, behavior)", "ratio(policy, behavior).detach()"),
+    ("advantages[..., 0]", "-advantages[..., 0]"),
+    ("advantages[..., 0]", "advantages.sum(-1)"),
+    ("clip=clip", "clip=2 * clip"),
+    ("clip=clip", "clip=1e9"),
+    (".mean(-1)", ".sum(-1)"),
+    ("return clipped", "return -clipped"),
+]
+
 
 def test_at_ratio_1_the_gradient_is_reinforce_of_whole_responses(loss: ModuleType) -> None:
     batch = random_columns()

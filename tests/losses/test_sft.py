@@ -5,6 +5,8 @@ from torch.testing import assert_close
 
 from align_cli.verify.batches import random_columns
 
+MUTANTS = [("-policy_tokens", "policy_tokens"), ("-policy_tokens", "-policy_tokens.mean(-1, keepdim=True)")]
+
 
 def test_each_token_costs_its_surprise_and_padding_nothing(loss: ModuleType) -> None:
     tokens = torch.tensor([[[0.5, 0.25, 1.0], [0.125, 1.0, 1.0]]], dtype=torch.float64).log()

@@ -3,11 +3,23 @@ from types import ModuleType
 
 import torch
 from loss_columns import as_reals, gradient, mean_over_single_pairs, one_pair
+from mutants import CLASSIFIED, PAIRWISE
 from torch import Tensor
 from torch.testing import assert_close
 
 from align_cli.losses.dpo import dpo
 from align_cli.verify.batches import random_columns
+
+MUTANTS = [
+    *PAIRWISE,
+    *CLASSIFIED,
+    ("policy / lengths", "policy"),
+    ("policy / lengths", "policy * lengths"),
+    (") - gamma", ") + gamma"),
+    (") - gamma", ")"),
+    (") - gamma", ") - beta * gamma"),
+    (") - gamma", ") - gamma / beta"),
+]
 
 
 def test_a_pair_with_the_margin_asked_for_costs_log_2(loss: ModuleType) -> None:
