@@ -261,8 +261,7 @@ def build_proposal(experiment: Experiment, engine: Engine) -> Proposal | None:
     """What is sampled in the place of the policy; the engine's weights are still those that the run starts from."""
     if experiment.proposal is None:
         return None
-    assert experiment.divergence is not None, "a proposal was checked to come with f-DPG"
-    return Proposal(engine, experiment.divergence, experiment.proposal.every)
+    return Proposal(engine, experiment.proposal.every)
 
 
 def build_source(

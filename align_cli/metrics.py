@@ -186,7 +186,7 @@ def by_samples(policy: Tensor, behavior: Tensor, target: Tensor, log_z: Tensor, 
     Returns:
         (B,) float64, without gradient; infinite where p excludes a response and the divergence forbids that.
     """
-    weight = ratio(policy.detach(), behavior)
+    weight = ratio(policy.detach().double(), behavior)  # in float64, because 1/t may be as large as it is small
     excluded = target == -torch.inf
     log_ratio = policy - target.masked_fill(excluded, 0.0) + log_z[:, None]
     terms = weight * torch.where(excluded, divergence.limit, _terms(divergence, log_ratio))
@@ -327,10 +327,7 @@ def _chosen_and_others(column: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]
 
 def _over_prompts(values: dict[str, Tensor]) -> Metrics:
     """Sums of (B,) values, without gradient, beside their counts."""
-    return {
-        name: (value.detach().sum(), torch.tensor(float(len(value)), dtype=value.dtype, device=value.device))
-        for name, value in values.items()
-    }
+    return {name: (value.detach().sum(), value.new_full((), float(len(value)))) for name, value in values.items()}
 
 
 def _over_tokens(values: dict[str, Tensor], mask: Tensor) -> Metrics:

@@ -1,10 +1,12 @@
 """The distribution q that f-DPG draws from where it is not the policy as it is: the policy as it was some steps ago.
 
-It starts as the policy does, and is renewed when the policy has come nearer to the target than it is. Khalifa, Elsahar,
-Dymetman, "A Distributional Approach to Controlled Text Generation", arXiv 2012.11635, "KL-adaptive".
+It starts as the policy does, and is renewed when the policy has come nearer to the target than it is, by the forward
+KL(p ‖ ·) whatever the run's divergence is: samples of q show what a policy lacks of p, but not what it has where q has
+nothing, and the forward KL alone asks for no more. Khalifa, Elsahar, Dymetman, "A Distributional Approach to Controlled
+Text Generation", arXiv 2012.11635, "KL-adaptive".
 
-Deltas from the paper: what is compared is the divergence of the run and not the forward KL alone; both are estimated
-from the samples that the policy learns from, before it learns from them, and from no further ones.
+Delta from the paper: both are estimated from the samples that the policy learns from, before it learns from them, and
+from no further ones.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,9 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align_cli import distributed
-from align_cli.divergences import Divergence
 from align_cli.engine import Engine
-from align_cli.metrics import by_samples
 from align_cli.ranges import Count
 from align_cli.surrogates import ratio
 
@@ -41,16 +41,14 @@ class Proposal:
 
     Args:
         engine: of the policy, as it starts.
-        divergence: D_f, by which both are held against the target.
         every: steps whose samples are looked at before each decision.
 
     Attributes:
         updates: how often q was renewed.
     """
 
-    def __init__(self, engine: Engine, divergence: Divergence, every: int) -> None:
+    def __init__(self, engine: Engine, every: int) -> None:
         self.engine = engine
-        self.divergence = divergence
         self.every = every
         self.updates = 0
         self.steps = 0  # since the last decision
@@ -82,11 +80,11 @@ class Proposal:
         """Take in a micro-batch of samples of q, with the policy's columns before it learns from them."""
         known = columns["log_z"] > -torch.inf
         policy, behavior, target = (columns[name][known] for name in ("policy", "behavior", "target"))
-        sample = (behavior, target, columns["log_z"][known])
+        normalised = target.double() - columns["log_z"][known][:, None]
         weight = ratio(policy, behavior).double()
         found = {
-            "proposal": by_samples(behavior, *sample, divergence=self.divergence).sum(),
-            "policy": by_samples(policy, *sample, divergence=self.divergence).sum(),
+            "proposal": forward_kl(behavior, behavior, normalised).sum(),
+            "policy": forward_kl(policy, behavior, normalised).sum(),
             "prompts": known.sum(),
             "weights": weight.sum(),
             "squares": weight.square().sum(),
@@ -97,9 +95,9 @@ class Proposal:
         """End a step, and renew q if this is due and the samples say so; every rank calls it.
 
         Returns:
-            proposal/divergence and proposal/policy_divergence, the estimates of D_f(q ‖ p) and D_f(π ‖ p) by the steps
-            since the last decision; proposal/ess, the effective number of this step's samples as ones of the policy,
-            (Σ w)²/Σ w² of w = π/q; proposal/updates.
+            proposal/forward_kl and proposal/policy_forward_kl, the estimates of KL(p ‖ q) and KL(p ‖ π) by the steps
+            since the last decision, nats; proposal/ess, the effective number of this step's samples as ones of the
+            policy, (Σ w)²/Σ w² of w = π/q; proposal/updates.
         """
         # One wait for the device; a rank may have had nothing to see.
         mine: list[float] = torch.stack(self.step).sum(0).tolist() if self.step else [0.0] * len(SEEN)
@@ -111,8 +109,8 @@ class Proposal:
         if step["squares"] > 0:
             found["proposal/ess"] = step["weights"] ** 2 / step["squares"]
         if (prompts := self.window["prompts"]) > 0:
-            found["proposal/divergence"] = self.window["proposal"] / prompts
-            found["proposal/policy_divergence"] = self.window["policy"] / prompts
+            found["proposal/forward_kl"] = self.window["proposal"] / prompts
+            found["proposal/policy_forward_kl"] = self.window["policy"] / prompts
         if self.steps == self.every:
             if self.window["policy"] < self.window["proposal"]:
                 self._renew()
@@ -150,3 +148,17 @@ class Proposal:
 
     def _file(self, folder: Path) -> Path:
         return folder / f"proposal_{0 if self._shared() else distributed.rank():05d}.safetensors"
+
+
+def forward_kl(policy: Tensor, behavior: Tensor, target: Tensor) -> Tensor:
+    """KL(p ‖ π) of each prompt by samples of q, Σ_k p/q log p/π / K; without bias, and so at times below 0.
+
+    Args:
+        policy, behavior, target: (B, K) log π(y_k|x), log q(y_k|x) and the normalised log p(y_k|x), nats; −∞ where the
+            target excludes a response, which then counts for nothing.
+
+    Returns:
+        (B,) float64.
+    """
+    lacking = target - policy
+    return torch.where(target == -torch.inf, 0.0, ratio(target, behavior).double() * lacking).mean(-1)
