@@ -201,8 +201,9 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
         observations; `unrated`, prompts without a rating, which count in nothing else; `moment/<feature>`, as
         `alignment` of a target's features; `diversity/distinct_1` to `_3`, and `diversity/self_bleu`, of each sample
         against the others of its prompt; of a target `divergence/ess`, the effective number of the samples as ones of
-        the target; and the step's figures (`align_cli.metrics`). A target's Z is estimated anew, from these samples;
-        where each prompt has its own, and few samples to estimate it from, what depends on it is left out.
+        the target; and the step's figures (`align_cli.metrics`). A target's Z is estimated from all samples of the run
+        and these, because those of the policy alone do not show what it has lost; where each prompt has its own, and
+        few samples to estimate it from, what depends on it is left out.
     """
     experiment = method.experiment
     asked = [prompts[index] for index in range(min(experiment.eval.groups, len(prompts)))]
@@ -212,7 +213,10 @@ def evaluate_samples(engine: Engine, method: Method, sampler: Sampler, prompts: 
     temperature = None if experiment.tempered else 1.0
     drawn = sampler.draw(asked, seed, samples=experiment.eval.samples, temperature=temperature)
     sampler.spent.clear()
-    apart = replace(method, producers={**method.producers, "log_z": LogZ(experiment.normaliser)})
+    learnt = method.producers.get("log_z")
+    sums = learnt.state() if isinstance(learnt, LogZ) and experiment.normaliser == "shared" else None
+    log_z = LogZ(experiment.normaliser, sums)
+    apart = replace(method, producers={**method.producers, "log_z": log_z})
     meter, weights = Meter(), list[float]()  # log p/π of each sample
     for part, filled in measured_parts(engine, apart, drawn):
         if part.counted:
