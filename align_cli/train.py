@@ -29,7 +29,7 @@ from align_cli.sections import Train
 from align_cli.sources import FromPolicy, Source
 from align_cli.tracking import Silent
 
-TOLERANCE = 1e-3  # of the first step's loss
+TOLERANCE = 1e-3  # of the first step's loss; where its exact value is above 1, as with a small α or β, a share of it
 # What bf16 may put between two measurements of one model, in nats per token or of a loss; two models differ by more.
 DRIFT = 0.05
 REMEDY = "A lower train.lr, engine.precision=fp32 or smaller rewards may help; checkpoints of earlier steps are whole."
@@ -246,7 +246,7 @@ def _judge(step: int, figures: dict[str, float], precise: bool) -> None:
             f"policy and reference are {drift:.3g} nats per token apart before any update, more than rounding. Likely "
             "causes: the reference is not the policy's starting weights; adapters do not start at zero."
         )
-    right, within = (exact, TOLERANCE) if plain is None else (plain, limit)
+    right, within = (exact, TOLERANCE * max(1.0, abs(exact or 0.0))) if plain is None else (plain, limit)
     if right is None:
         return
     held = loss if start is None or (precise and plain is None) else start

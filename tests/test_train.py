@@ -266,6 +266,9 @@ def test_evaluation_is_logged_where_it_is_asked_for(
         (False, {"exact": 0.99, "start": 1.0, "drift": 0.01}, False),
         (True, {"exact": 0.99, "start": 0.99, "drift": 0.01}, False),  # a steep loss multiplies the drift
         (False, {"exact": 0.99, "start": 0.99, "drift": 0.06}, False),
+        (True, {"loss": 2502.0, "exact": 2500.0}, True),  # a small β or α makes a loss large, and its rounding
+        (False, {"loss": 2503.0, "exact": 2500.0}, True),
+        (False, {"loss": 2502.0, "plain": 2500.0}, True),
     ],
 )
 def test_a_first_loss_is_held_to_rounding_where_it_is_measured_twice(
