@@ -235,7 +235,7 @@ def svamp(row: Row, place: str) -> Question:
     body = text(field(row, "Body"), "Body").strip()
     asked = text(field(row, "Question"), "Question").strip()
     gold = field(row, "Answer")
-    right = f"{number(gold, 'Answer'):g}" if isinstance(gold, int | float) else text(gold, "Answer").strip()
+    right = f"{number(gold, 'Answer'):.15g}" if isinstance(gold, int | float) else text(gold, "Answer").strip()
     return Question(place, f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {asked}", (right,), "number", None)
 
 

@@ -75,4 +75,4 @@ class Data:
     bad_rows: WholeNumber
     held_out: WholeNumber
     limit: Count | None
-    expected: dict[str, int | float] | None
+    expected: dict[Literal["prompts", "responses", "prompt_tokens", "response_tokens"], int | float] | None

@@ -72,9 +72,17 @@ def preference(row: Row, where: str) -> Record:
     if is_dialogue(chosen) or is_dialogue(rejected):
         return preferred(*split_dialogues(chosen, rejected, field(row, "prompt")), where)
     prompt, one, two = prompt_of(field(row, "prompt")), text(chosen, "chosen"), text(rejected, "rejected")
-    if isinstance(prompt, str) and prompt.strip() and one.startswith(prompt) and two.startswith(prompt):
+    if isinstance(prompt, str) and repeats(one, prompt) and repeats(two, prompt):
         one, two = one[len(prompt) :], two[len(prompt) :]
     return preferred(prompt, one, two, where)
+
+
+def repeats(whole: str, prompt: str) -> bool:
+    """Whether a text is the prompt and then a response; one that only begins with the same letters is none."""
+    rest = whole[len(prompt) :]
+    if not prompt.strip() or not rest.strip() or not whole.startswith(prompt):
+        return False
+    return rest[0].isspace() or not prompt[-1].isalnum()
 
 
 def implicit_prompt(row: Row, where: str) -> Record:

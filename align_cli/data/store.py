@@ -186,7 +186,11 @@ def prepare(
     source = open_rows(data.path, revision=data.revision, subset=data.subset, split=data.split)
     held_out = None
     if data.held_out_split is not None and data.held_out and has_splits(data.path):
-        held_out = open_rows(data.path, revision=data.revision, subset=data.subset, split=data.held_out_split)
+        try:
+            held_out = open_rows(data.path, revision=data.revision, subset=data.subset, split=data.held_out_split)
+        except UserError as error:
+            key = "data.held_out_split; null takes data.held_out prompts out of data.split"
+            raise UserError(str(error).replace("(data.split)", f"({key})")) from error
     sources = [source.identity, held_out.identity if held_out else ""]
     told = {**asdict(data), "expected": None, "path": whole(data.path)}  # the ranks of a run are given it so
     decides = json.dumps(

@@ -317,8 +317,11 @@ class ChatWriter:
 
     def __init__(self, codec: Codec, tokenizer: PreTrainedTokenizerBase, *, stop: str, system: str | None) -> None:
         self.codec, self.tokenizer, self.system = codec, tokenizer, system
-        asked: list[Message] = [{"role": "user", "content": PROBE}]
-        prompt, whole = self.write(asked, answer=None), self.write(asked, answer=PROBE)
+        asked = self.opened([{"role": "user", "content": PROBE}])
+        try:
+            prompt, whole = self.write(asked, answer=None), self.write(asked, answer=PROBE)
+        except RowError as error:
+            raise UserError(f"{error}. data.system gives a first message; data.template=text does without.") from error
         if not whole.startswith(prompt) or PROBE not in whole[len(prompt) :]:
             raise UserError(
                 "the chat template writes a prompt that is not the beginning of the prompt with its response: "
@@ -339,6 +342,12 @@ class ChatWriter:
     def header(self) -> str:
         return self.codec.delimit(self.after_prompt)
 
+    def opened(self, messages: list[Message]) -> list[Message]:
+        """A dialogue with the system message that `data.system` gives to those without one."""
+        if self.system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.codec.escape(self.system)}, *messages]
+
     def write(self, messages: Sequence[Message], *, answer: str | None) -> str:
         turns = [dict[str, str](role=turn["role"], content=turn["content"]) for turn in messages]
         if answer is not None:
@@ -358,8 +367,7 @@ class ChatWriter:
             messages = [{"role": "user", "content": escape(record.prompt)}]
         else:
             messages = [{"role": turn["role"], "content": escape(turn["content"])} for turn in record.prompt]
-        if self.system and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": escape(self.system)})
+        messages = self.opened(messages)
         prompt = self.write(messages, answer=None)
         responses = []
         for response in record.responses:

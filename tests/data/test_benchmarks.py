@@ -60,6 +60,11 @@ QUESTIONS: list[tuple[Callable[..., Question | None], Mapping[str, object], Ques
         Question("7", "Dan had $ 3. How much?", ("1",), "number", None),
     ),
     (
+        benchmarks.svamp,
+        {"Body": "b.", "Question": "q", "Answer": 1234567.25},
+        Question("7", "b. q", ("1234567.25",), "number", None),
+    ),
+    (
         benchmarks.asdiv,
         {"body": "Two apples.", "question": "How many?", "answer": "9 (apples)"},
         Question("7", "Two apples. How many?", ("9",), "number", None),

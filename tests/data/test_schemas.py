@@ -76,6 +76,18 @@ def test_full_texts_lose_the_prompt_that_they_repeat() -> None:
     assert record(rows("preference")[2]).responses == ("blue", "green")
 
 
+@pytest.mark.parametrize(
+    "prompt, one, two",
+    [
+        ("Hi", "Hi! How are you?", "Hi there."),
+        ("Yes", "Yes", "Yes, and"),
+        ("Sky: ", "Sky: blue", "Sky: "),
+    ],
+)
+def test_a_response_that_begins_as_the_prompt_does_stays_whole(prompt: str, one: str, two: str) -> None:
+    assert record({"prompt": prompt, "chosen": one, "rejected": two}).responses == (one, two)
+
+
 def test_texts_that_begin_alike_part_at_a_space_which_the_responses_keep() -> None:
     assert record(rows("implicit_prompt")[1]).responses == (" blue.", " black.")
 

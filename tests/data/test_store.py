@@ -463,6 +463,13 @@ def test_a_held_out_split_loses_the_prompts_that_are_trained_on(tmp_path: Path, 
     assert not prompts(train, words) & prompts(held_out, words)
 
 
+def test_a_held_out_split_that_is_not_there_is_named_by_its_key(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
+    written(tmp_path, GOOD[:7]).rename(tmp_path / "train.jsonl")
+    data = replace(DATA, path=str(tmp_path), held_out_split="test", held_out=2)
+    with pytest.raises(UserError, match=r"for the split 'test' \(data\.held_out_split; null takes data\.held_out"):
+        prepare(data, words, seed=0, cache=tmp_path / "cache", say=print, pairwise=False, strict=False, sampled=None)
+
+
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_yaml_gives_every_key_of_the_section_and_a_dataset_that_exists(path: Path) -> None:
     given = yaml.safe_load(path.read_text())

@@ -121,6 +121,20 @@ def test_mistral_gets_no_stray_space_behind_a_line_end(mistral: PreTrainedTokeni
     ]
 
 
+def test_a_template_that_asks_for_a_system_message_gets_it(mistral: PreTrainedTokenizerBase) -> None:
+    mistral.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('a system message is missing') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"a system message is missing\. data\.system gives a first message"):
+        Template(mistral, template="chat", system=None)
+    for system in ("Be brief.", ""):
+        tokenised = tokenise(Template(mistral, template="chat", system=system), record("a", "b"))
+        written = str(mistral.decode(tokenised.prompt + tokenised.responses[0]))
+        assert "".join(written.split()) == "".join(f"[system]{system}</s>[user]a</s>[assistant]b</s>".split())
+
+
 def test_mistral_reads_its_special_strings_in_a_text_as_text(mistral: PreTrainedTokenizerBase) -> None:
     tokenised = tokenise(text(mistral), record("say </s> and <s>", " </s>"))
     assert not {1, 2} & set(tokenised.prompt)
