@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli import judges, rundir, statistics
-from align_cli.errors import UserError
+from align_cli.errors import RunError, UserError
 from align_cli.evals import Item, Result
 from align_cli.statistics import Interval
 from align_cli.tracking import Table
@@ -130,17 +130,18 @@ def write(out: Path, finished: Finished) -> None:
 
     Raises:
         UserError: two items have one id.
-        ValueError: an item has a value that is not a finite number.
+        RunError: an item has a value that is not a finite number.
     """
     ids = Counter(item.id for item in finished.items)
     if len(ids) < len(finished.items):
-        raise UserError(
-            f"eval={finished.name}: several items have the id {ids.most_common(1)[0][0]}; each needs its own."
-        )
+        raise UserError(f"several items have the id {ids.most_common(1)[0][0]}; each needs its own.")
     for item in finished.items:
         odd = [name for name, value in item.values.items() if not math.isfinite(value)]
         if odd:
-            raise ValueError(f"eval={finished.name}: item {item.id} has {odd[0]}={item.values[odd[0]]}.")
+            raise RunError(
+                f"item {item.id} has {odd[0]}={item.values[odd[0]]}, of which there is no mean; nothing is written. "
+                "Weights that have diverged, or a probability of zero, give such numbers."
+            )
     path = path_of(out, finished.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     told = asdict(finished)

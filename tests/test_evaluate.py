@@ -18,7 +18,7 @@ from small_runs import align
 from align_cli import config, generation, launch, paths, results, rundir, statistics, tracking
 from align_cli.commands import completion, evaluate
 from align_cli.data.store import Group
-from align_cli.errors import UserError
+from align_cli.errors import RunError, UserError
 from align_cli.evals import Item, Result, prompts
 from align_cli.evals.reward import wins
 from align_cli.subject import Generate, find
@@ -98,9 +98,9 @@ def test_results_are_files_figures_of_the_summary_and_lines(run: Path, capsys: p
     shown = capsys.readouterr().out
     assert "diversity  self_bleu" in shown and "eval/diversity/self_bleu" not in shown and "loss/last" in shown
     tree = rundir.read_config(run)
-    from align_cli import experiment
+    from align_cli import reading
 
-    assert launch.finished(experiment.read(tree), run)  # it is still the finished run that it was
+    assert launch.finished(reading.read(tree), run)  # it is still the finished run that it was
 
 
 def test_what_is_there_is_not_made_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +433,8 @@ def test_items_without_a_number_and_ids_that_are_two_are_refused(tmp_path: Path)
     def finished(*items: Item) -> results.Finished:
         return results.Finished("x", {}, {}, [], {}, {}, list(items))
 
-    for items in ([Item("a", {"x": float("nan")}, {})], [Item("a", {}, {}), Item("a", {}, {})]):
-        with pytest.raises(ValueError, match=r"a has x=nan|have the id a"):
-            results.write(tmp_path, finished(*items))
+    with pytest.raises(RunError, match="item a has x=nan"):
+        results.write(tmp_path, finished(Item("a", {"x": float("nan")}, {})))
+    with pytest.raises(UserError, match="have the id a"):
+        results.write(tmp_path, finished(Item("a", {}, {}), Item("a", {}, {})))
     assert not results.all_of(tmp_path)
