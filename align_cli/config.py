@@ -84,7 +84,23 @@ def compose(command: str, overrides: Sequence[str], config_dirs: Sequence[str] =
     ]
     if problems:
         raise UserError("\n".join(problems))
-    return {str(key): value for key, value in tree.items()}
+    return {str(key): _at_home(value) for key, value in tree.items()}
+
+
+def _at_home(section: Any) -> Any:
+    """A section in whose paths ~ is the home folder: a shell leaves it as it is behind `key=`."""
+    if not isinstance(section, Mapping):
+        return section
+    return {key: _expanded(value) if key in _PLACES else value for key, value in section.items()}
+
+
+_PLACES = ("dir", "path", "paths", "model")
+
+
+def _expanded(place: Any) -> Any:
+    if isinstance(place, list):
+        return [_expanded(each) for each in place]
+    return os.path.expanduser(place) if isinstance(place, str) else place
 
 
 @cache
@@ -287,9 +303,18 @@ def use(packages: Sequence[str]) -> None:
     if packages and os.getcwd() not in sys.path:  # a console script's path begins with its own folder instead
         sys.path.append(os.getcwd())
     for package in packages:
-        if not _PACKAGE.fullmatch(package) or importlib.util.find_spec(package.partition(".")[0]) is None:
+        try:
+            spec = importlib.util.find_spec(package) if _PACKAGE.fullmatch(package) else None
+        except ModuleNotFoundError:  # what it would lie in is no package
+            spec = None
+        if spec is None:
             raise UserError(
                 f"--plugin {package}: there is no such package here, among the installed ones, or on PYTHONPATH."
+            )
+        if spec.submodule_search_locations is None:
+            raise UserError(
+                f"--plugin {package}: it is a single file; make it a folder {package.replace('.', '/')} with a module "
+                "for each kind of part in it, such as losses/mine.py."
             )
     _plugins[:] = packages
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from small_runs import align, overrides, read
 
-from align_cli import config, experiment, paths, rundir, worker
+from align_cli import config, paths, reading, rundir, worker
+from align_cli.commands import arguments
 from align_cli.errors import UserError
 from align_cli.experiment import Experiment
 
@@ -194,6 +195,27 @@ def test_an_algorithm_of_one_s_own_trains(plugin: str, tiny_model: Path, pairs_f
     assert summary["loss/first"] == pytest.approx(0.6931, abs=1e-3)  # log 2, as the margins are 0
 
 
+@pytest.mark.parametrize(
+    "named, words",
+    [
+        ("{plugin}.nope", "--plugin {plugin}.nope: there is no such package"),
+        ("json.nope.nope", "--plugin json.nope.nope: there is no such package"),
+        ("{plugin}.losses.mine", "it is a single file; make it a folder {plugin}/losses/mine with a module"),
+    ],
+)
+def test_what_is_no_package_is_refused(named: str, words: str, plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert align("train", "--plugin", named.format(plugin=plugin), "algo=mine") == 2
+    assert words.format(plugin=plugin) in capsys.readouterr().err
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ["run.dir=~/run", "model=hf", "model.path='~/model'", "scorer=ensemble", "scorer.paths=['~/one','~/other']"]
+    tree = arguments.parse(given).compose()
+    assert tree["run"]["dir"] == f"{tmp_path}/run" and tree["model"]["path"] == f"{tmp_path}/model"
+    assert tree["scorer"]["paths"] == [f"{tmp_path}/one", f"{tmp_path}/other"]
+
+
 def test_options_of_one_s_own_algorithm_are_checked(plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, words in {
         "algo.gama=1": "Did you mean 'gamma'?",
@@ -240,9 +262,9 @@ def test_a_plugin_does_not_replace_our_own_parts(plugin: str) -> None:
 def test_a_configuration_without_a_whole_engine_is_refused_in_a_sentence() -> None:
     tree = compose("algo=nca")
     with pytest.raises(UserError, match="engine is missing"):
-        experiment.read({name: section for name, section in tree.items() if name != "engine"})
+        reading.read({name: section for name, section in tree.items() if name != "engine"})
     with pytest.raises(UserError, match="engine=5: give a section with keys"):
-        experiment.read({**tree, "engine": 5})
+        reading.read({**tree, "engine": 5})
 
 
 def test_a_folder_may_be_called_as_a_key_that_chooses_code() -> None:

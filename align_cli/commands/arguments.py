@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.util
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +106,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         elif "=" not in argument and not argument.startswith("~"):
             problems.append(f"{argument}: write key=value, such as algo=nca or train.lr=1e-6.")
         else:
-            overrides.append(argument)
+            overrides.append(_at_home(argument))
     if problems:
         raise UserError("\n".join(problems))
     config.use(named[PLUGINS])
@@ -115,6 +117,14 @@ def parse(argv: Sequence[str]) -> Arguments:
         multirun="multirun" in switches,
         show_config="show_config" in switches,
     )
+
+
+def _at_home(argument: str) -> str:
+    """`key=~/x` with the home folder in place of ~, which a shell leaves as it is there and Hydra cannot read."""
+    key, _, value = argument.partition("=")
+    if not re.fullmatch(r"~(/[^,\[\]{}()'\"\s]*)?", value):
+        return argument
+    return f"{key}={config.quoted(os.path.expanduser(value))}"
 
 
 def folders_of(packages: Sequence[str]) -> list[str]:
