@@ -371,7 +371,7 @@ class DeepSpeedEngine(Engine):
         self.engine.step()
         norm = self.norm if self.norm is not None else self.engine.get_global_grad_norm()
         assert norm is not None, "DeepSpeed tells the norm wherever it clips"
-        return torch.as_tensor(norm)
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)  # a plain inf where it overflowed
 
     @contextmanager
     def parts(self) -> Iterator[dict[str, Tensor]]:

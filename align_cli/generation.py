@@ -79,26 +79,30 @@ def sample(
     try:
         for start in range(0, len(order), per_batch):
             chunk = order[start : start + per_batch]
-            uniform = np.stack(
-                [
-                    np.random.default_rng([*seeds[index], number]).random(max_new_tokens)
-                    for index in chunk
-                    for number in range(first, first + responses)
-                ]
-            )
-            drawn = _continue(
-                model,
-                [prompts[index] for index in chunk],
-                torch.from_numpy(uniform),
-                responses=responses,
-                temperature=temperature,
-                pad_id=pad_id,
-                eos_ids=eos_ids,
-                halted=halted,
-                look=look,
-            )
-            for row, index in enumerate(chunk):
-                yield index, drawn[row * responses : (row + 1) * responses]
+            found: list[list[Drawn]] = [[] for _ in chunk]
+            for done in range(0, responses, batch):  # in one go, unless a prompt's responses alone are too many
+                numbers = range(first + done, first + min(responses, done + batch))
+                uniform = np.stack(
+                    [
+                        np.random.default_rng([*seeds[index], number]).random(max_new_tokens)
+                        for index in chunk
+                        for number in numbers
+                    ]
+                )
+                drawn = _continue(
+                    model,
+                    [prompts[index] for index in chunk],
+                    torch.from_numpy(uniform),
+                    responses=len(numbers),
+                    temperature=temperature,
+                    pad_id=pad_id,
+                    eos_ids=eos_ids,
+                    halted=halted,
+                    look=look,
+                )
+                for row, own in enumerate(found):
+                    own += drawn[row * len(numbers) : (row + 1) * len(numbers)]
+            yield from zip(chunk, found, strict=True)
     finally:
         model.train(training)
 

@@ -255,9 +255,9 @@ def test_the_self_test_sees_a_head_that_is_0_through(model: Path, monkeypatch: p
     assert scalar.error_of(policy, policy, replace(way, scalar="values"), CPU) < 1e-5
     right = scalar.causal._flat
 
-    def shifted(batch: Any) -> tuple[Any, Tensor, Tensor]:
+    def shifted(batch: Any) -> tuple[Any, Tensor, list[int]]:
         inputs, keep, last = right(batch)
-        return inputs, keep + 1, last - 1
+        return inputs, keep + 1, [place - 1 for place in last]
 
     monkeypatch.setattr(scalar.causal, "_flat", shifted)
     assert scalar.error_of(network, network, way, CPU) > 0.1

@@ -27,7 +27,9 @@ class Asked(_Backend):
         super().__init__(
             pretrained=subject.model,
             tokenizer=subject.tokenizer,
-            batch_size=subject.options.batch,
+            # likelihoods need the logits of all positions; on a GPU lm-eval finds how many sequences have room
+            batch_size="auto" if subject.device.type == "cuda" else subject.options.batch,
+            max_batch_size=subject.options.batch,
             device=str(subject.device),
         )
         self.subject = subject

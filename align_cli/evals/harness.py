@@ -239,7 +239,9 @@ def arguments(
     model = ",".join(f"{key}={value}" for key, value in {**weights, "dtype": dtype}.items())
     seed = str(subject.options.seed)
     command = [python, "-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", task, "--seed", seed]
-    command += ["--batch_size", str(subject.options.batch), "--device", str(subject.device)]
+    batch = str(subject.options.batch)
+    sizes = ["auto", "--max_batch_size", batch] if subject.device.type == "cuda" else [batch]
+    command += ["--batch_size", *sizes, "--device", str(subject.device)]
     command += ["--output_path", folder, "--log_samples"]
     more = {"--include_path": include, "--num_fewshot": shots, "--limit": limit}
     command += [str(word) for flag, value in more.items() if value is not None for word in (flag, value)]

@@ -214,7 +214,8 @@ def measure(network: nn.Module, batch: MicroBatch, manner: Manner) -> dict[str, 
     inputs["use_cache"] = False
     with sparing() if manner.sparing else nullcontext():
         if manner.scalar == "scores":
-            return {"scores": network(**inputs, align_scores=last)[batch.member]}
+            at = torch.tensor(last, device=batch.input_ids.device)
+            return {"scores": network(**inputs, align_scores=at)[batch.member]}
         if manner.scalar == "values":
             inputs["align_values"] = keep
         if manner.transform is not None:
@@ -247,7 +248,7 @@ def _spread(tokens: Tensor, batch: MicroBatch, different: int) -> Tensor:
     return found[batch.member]
 
 
-def _flat(batch: MicroBatch) -> tuple[dict[str, Any], Tensor, Tensor]:
+def _flat(batch: MicroBatch) -> tuple[dict[str, Any], Tensor, list[int]]:
     """What the network is called with; the places of the states that predict tokens, and of each last token's."""
     # A mask with four dimensions is handed to every layer unread; without one, transformers would guess the borders
     # of packed sequences from the positions and guess wrong, because responses share their prompt's positions.
@@ -255,11 +256,11 @@ def _flat(batch: MicroBatch) -> tuple[dict[str, Any], Tensor, Tensor]:
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": unread}
     spans = batch.layout.spans
     ends = [end for span in spans for end in list(accumulate(span.responses, initial=span.start + span.prompt))[1:]]
-    last = torch.tensor(ends, device=batch.input_ids.device) - 1
+    last = [end - 1 for end in ends]
     return inputs | {"align_layout": batch.layout}, batch.keep, last
 
 
-def _padded(batch: MicroBatch) -> tuple[dict[str, Any], Tensor, Tensor]:
+def _padded(batch: MicroBatch) -> tuple[dict[str, Any], Tensor, list[int]]:
     ids: list[Tensor] = []
     keep: list[Tensor] = []
     row = batch.input_ids[0]
@@ -275,7 +276,7 @@ def _padded(batch: MicroBatch) -> tuple[dict[str, Any], Tensor, Tensor]:
     for place, sequence in enumerate(ids):
         padded[place, : len(sequence)] = sequence
         mask[place, : len(sequence)] = 1
-    last = torch.tensor([width * place + len(sequence) - 1 for place, sequence in enumerate(ids)], device=row.device)
+    last = [width * place + len(sequence) - 1 for place, sequence in enumerate(ids)]
     inputs = {"input_ids": padded, "attention_mask": mask}
     return inputs, torch.cat([width * n + k for n, k in enumerate(keep)]), last
 
