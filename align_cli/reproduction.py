@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from align_cli import claims, config, exits, experiment, launch, process, recipe, rundir, study, terminal
+from align_cli import claims, config, exits, launch, process, reading, recipe, resources, rundir, study, terminal
 from align_cli.claims import Judged, Range
+from align_cli.errors import UserError
 from align_cli.experiment import Experiment
 from align_cli.recipe import Expectation, Recipe, Run, Scale
 from align_cli.results import answers, path_of
@@ -152,9 +153,7 @@ def _run_job(
         if run.needs or run.name not in trees:
             trees[run.name] = config.compose("train", given, reproduction.config_dirs)
         tree = trees[run.name]
-        launch.is_finished(
-            experiment.read({**tree, "run": {**tree["run"], "seed": seed, "dir": str(run_dir)}}), run_dir
-        )
+        launch.is_finished(reading.read({**tree, "run": {**tree["run"], "seed": seed, "dir": str(run_dir)}}), run_dir)
 
     def finished() -> bool:
         return rundir.read_summary(run_dir) is not None and all(
@@ -162,7 +161,7 @@ def _run_job(
         )
 
     needs = tuple(reproduction.run_dir(other, seed) for other in reproduction.scale.runs if other.name in run.needs)
-    ranks = experiment.devices(reproduction.experiments[run.name])
+    ranks = resources.devices(reproduction.experiments[run.name])
     return Job(run.name, seed, run_dir, tuple(commands), needs, ranks, finished)
 
 
@@ -178,10 +177,21 @@ def _study_job(reproduction: Reproduction, seed: int) -> Job:
 # --- running
 
 
-def side_by_side(planned: Sequence[Job]) -> int:
-    """How many jobs there is room for: by cores, or by GPUs."""
-    widest = max((job.ranks for job in planned), default=1)
-    return max(1, (torch.cuda.device_count() or process.cores()) // widest)
+def side_by_side(planned: Sequence[Job], asked: int | None = None) -> int:
+    """How many jobs run at a time: as many as are asked for, or as there are cores or GPUs for.
+
+    Raises:
+        UserError: more are asked for than there are GPUs for; what is left without one would compute on the CPU.
+    """
+    found = max(1, (torch.cuda.device_count() or process.cores()) // _widest(planned))
+    if asked is not None and asked > found and torch.cuda.device_count():
+        raise UserError(f"jobs={asked}: PyTorch sees GPUs for {found} at a time; each job needs its own.")
+    return asked or found
+
+
+def _widest(planned: Sequence[Job]) -> int:
+    """The most ranks that a job has."""
+    return max((job.ranks for job in planned), default=1)
 
 
 @dataclass
@@ -211,7 +221,7 @@ def run(planned: Sequence[Job], folder: Path, *, room: int, say: Callable[[str],
         say(f"{len(planned) - len(waiting)} of {len(planned)} jobs are finished already")
     running: list[_Running] = []
     asked: list[int] = []
-    begun = time.monotonic()
+    begun, widest = time.monotonic(), _widest(planned)
 
     def forward(number: int, frame: FrameType | None) -> None:
         asked.append(number)
@@ -231,7 +241,7 @@ def run(planned: Sequence[Job], folder: Path, *, room: int, say: Callable[[str],
                 code = each.process.returncode
                 following = each.step + 1
                 if code == exits.DONE and following < len(each.job.commands) and not asked:
-                    running.append(_started(each.job, following, each.slot, folder, room))
+                    running.append(_started(each.job, following, each.slot, folder, room, widest))
                 elif code == exits.DONE and following == len(each.job.commands):
                     ended(each.job, "done")
                 elif asked or code == exits.STOPPED:
@@ -249,7 +259,7 @@ def run(planned: Sequence[Job], folder: Path, *, room: int, say: Callable[[str],
                 elif not missing and len(running) < room and job.folder not in [each.job.folder for each in running]:
                     waiting.remove(job)
                     free = min(set(range(room)) - {each.slot for each in running})
-                    running.append(_started(job, 0, free, folder, room))
+                    running.append(_started(job, 0, free, folder, room, widest))
             time.sleep(PAUSE)
     finally:
         for number, handler in before.items():
@@ -263,13 +273,14 @@ def _short(job: Job, states: Mapping[Path, State]) -> list[str]:
     return [needed.parent.name for needed in job.needs if states[needed] != "done"]
 
 
-def _started(job: Job, step: int, slot: int, folder: Path, room: int) -> _Running:
+def _started(job: Job, step: int, slot: int, folder: Path, room: int, widest: int) -> _Running:
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{job.folder.parent.name},{job.folder.stem}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(job.ranks, room))}
     if torch.cuda.device_count():
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus(slot, job.ranks, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        own = gpus(slot * widest, job.ranks, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     if not step:
         log.unlink(missing_ok=True)
     return _Running(job, _process(job.commands[step], environment, log), step, slot, log)
@@ -286,16 +297,16 @@ def _threads(ranks: int, room: int) -> str:
     return str(max(1, process.cores() // (ranks * room)))
 
 
-def gpus(slot: int, ranks: int, visible: str | None) -> list[str]:
-    """The GPUs of a job: those of its slot, among what this process may see.
+def gpus(first: int, ranks: int, visible: str | None) -> list[str]:
+    """The GPUs of a job, among what this process may see.
 
     Args:
-        slot: which of the jobs side by side.
-        ranks: GPUs of each.
+        first: its first; slots are as wide as the widest job, so that no two jobs share one.
+        ranks: how many it has.
         visible: CUDA_VISIBLE_DEVICES; None: all.
     """
     there = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    return there[slot * ranks : (slot + 1) * ranks]
+    return there[first : first + ranks]
 
 
 def _last_words(log: Path, code: int) -> str:

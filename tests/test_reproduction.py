@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from small_runs import SETTINGS, align
 
 from align_cli import config, exits, recipe, reproduction, rundir, terminal
 from align_cli.claims import Range
+from align_cli.errors import UserError
 from align_cli.recipe import Expectation
 from align_cli.reproduction import Job, judge
 
@@ -349,7 +351,17 @@ def test_a_study_s_figures_have_the_run_in_their_name() -> None:
 
 def test_jobs_side_by_side_have_gpus_of_their_own() -> None:
     assert reproduction.gpus(0, 2, "4,5,6,7") == ["4", "5"]
-    assert reproduction.gpus(1, 2, "4,5,6,7") == ["6", "7"]
+    assert reproduction.gpus(2, 2, "4,5,6,7") == ["6", "7"]
+
+
+def test_jobs_without_gpus_of_their_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    planned = [Job("one", 0, Path("one"), (), (), ranks, lambda: False) for ranks in (1, 2)]
+    assert reproduction.side_by_side(planned) == reproduction.side_by_side(planned, 2) == 2
+    with pytest.raises(UserError, match="jobs=3: PyTorch sees GPUs for 2 at a time"):
+        reproduction.side_by_side(planned, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert reproduction.side_by_side(planned, 3) == 3
 
 
 # --- a recipe for many GPUs in small
