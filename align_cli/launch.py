@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from align_cli import cache, config, distributed, exits, experiment, paths, rundir, terminal, worker
+from align_cli import cache, config, distributed, exits, paths, reading, resources, rundir, terminal, worker
 from align_cli.checkpoints import committed
 from align_cli.config import Tree
 from align_cli.errors import UserError
@@ -29,7 +29,7 @@ from align_cli.run import Prepared, prepare, run, score
 
 # What may differ between a run and its resumption: it does not change what is computed.
 FREE = ("resume", "track", "checkpoint", "run.dir", "launch.name", "source.keep")
-LOCATED = ("model", "data", "reference", "source", "scorer")  # sections whose `path` or `paths` may be local
+LOCATED = ("model", "data", "reference", "source", "scorer")  # sections whose `path`, `paths` or `model` may be local
 LAST_WORDS = 15  # lines of a failing rank's log that are shown
 GRACE = 25.0  # seconds that ranks have to save after a signal, before they are killed
 
@@ -47,10 +47,10 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     Raises:
         UserError: before anything is loaded or overwritten.
     """
-    tree = experiment.placed(tree, default_dir(tree))
-    checked = experiment.read(tree)
+    tree = reading.placed(tree, default_dir(tree))
+    checked = reading.read(tree)
     tree = checked.tree
-    problems = [] if checked.launch.name == "prepare" else experiment.needs_gpu(checked)
+    problems = [] if checked.launch.name == "prepare" else resources.needs_gpu(checked)
     if problems:
         raise UserError("\n".join(problems))
     refuse_foreign_ranks("train")
@@ -66,7 +66,7 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
                 return exits.DONE
             prepared = prepare(checked)
             rundir.write_config(run_dir, located(tree))
-            ranks = experiment.devices(checked)
+            ranks = resources.devices(checked)
             rundir.write_env(run_dir, device=device, ranks=ranks, data=prepared.train.report, command=command)
             if checked.launch.name == "prepare":
                 told = shlex.join([str(run_dir), *config.plugins()])
@@ -124,8 +124,8 @@ def fill(tree: Tree) -> int:
     Raises:
         UserError: before anything is loaded; also where a run would not look into the cache.
     """
-    checked = experiment.read(experiment.placed(tree, "unused"))
-    problems = experiment.needs_gpu(checked)
+    checked = reading.read(reading.placed(tree, "unused"))
+    problems = resources.needs_gpu(checked)
     if checked.reference.name != "cached":
         problems.append(f"reference={checked.reference.name}: nothing is kept; align score fills reference=cached.")
     elif "reference" not in checked.made:
@@ -143,7 +143,7 @@ def fill(tree: Tree) -> int:
         rundir.lock(Path(folder)) as held,
     ):
         prepared = prepare(checked)
-        ranks = experiment.devices(checked)
+        ranks = resources.devices(checked)
         if ranks == 1:
             return inline(prepared, None)
         run = {**checked.tree["run"], "dir": folder}
@@ -162,7 +162,7 @@ def located(tree: Tree) -> Tree:
     def placed(section: Any) -> Any:
         if not isinstance(section, dict):
             return section
-        return section | {key: whole(section[key]) for key in ("path", "paths") if key in section}
+        return section | {key: whole(section[key]) for key in ("path", "paths", "model") if key in section}
 
     return {name: placed(section) if name in LOCATED else section for name, section in tree.items()}
 
@@ -210,7 +210,7 @@ def is_finished(checked: Experiment, run_dir: Path) -> bool:
     if rundir.read_summary(run_dir) is not None:
         return True
     for checkpoint in committed(run_dir / "checkpoints")[:1]:
-        ranks = experiment.devices(checked)
+        ranks = resources.devices(checked)
         if checkpoint.ranks != ranks:
             same = f"launch.devices={checkpoint.ranks}"
             if checked.launch.devices is None:  # as it was when the run began, or the configurations would differ

@@ -3,6 +3,7 @@
 Units are bytes. Per trained parameter AdamW holds two fp32 moments, and below fp32 an fp32 master and an fp32
 gradient beside the weight; ZeRO shares moments and masters from stage 1 on, gradients from 2, weights from 3.
 Attention computes its weights again in the backward pass; on a CPU it keeps as many as `segments.KEPT` has room for.
+Models that cap their scores or have sinks keep all of them (`written`).
 """
 
 import math
@@ -45,6 +46,7 @@ class Shape:
         layers, hidden, heads, intermediate, kv_width, vocabulary: of the transformer; kv_width is heads times head
             size of the keys, experts_per_token multiplies the width of the feed-forward part.
         spared: the kinds of activations that `align_cli.models.recompute` finds in it.
+        explicit: whether it caps its attention's scores or has sinks, which no fused kernel computes.
     """
 
     parameters: int
@@ -58,6 +60,7 @@ class Shape:
     vocabulary: int
     experts_per_token: int
     spared: frozenset[Literal["norms", "products"]]
+    explicit: bool
 
 
 def architecture(model: Model) -> PretrainedConfig:
@@ -117,6 +120,8 @@ def _counted(model: Model, adapter: Adapter, scores: bool) -> Shape:
         vocabulary=_first(sizes, "vocab_size"),
         experts_per_token=sizes.get("num_experts_per_tok") or 1,
         spared=recompute.kinds(base),
+        explicit=bool(sizes.get("attn_logit_softcapping"))
+        or any(n.endswith("sinks") for n, _ in base.named_parameters()),
     )
 
 
@@ -137,6 +142,7 @@ def per_device(
     node: int,
     response_share: float,
     sequence: float | None,
+    repeated: float = 1.0,
     plain_head: bool,
     scores: bool = False,
     raters: int = 0,
@@ -156,6 +162,7 @@ def per_device(
         node: how many of them are on one node.
         response_share: share of a micro-batch's tokens whose logits are needed.
         sequence: tokens of a prompt with one response; None: unknown.
+        repeated: keys that attention reads for each token of a row, where a prompt is one for several responses.
         plain_head: whether the model makes its logits itself, all at once.
         scores: whether it is a reward model, which makes none.
         raters: reward models that lie beside the policy at a time; each is taken to be as large.
@@ -175,6 +182,7 @@ def per_device(
     mastered = dtype != torch.float32 or stage in (1, 2)
     tokens = engine.micro_tokens
     layer = activation(shape, size, sparing=engine.sparing) * tokens
+    layer += written(shape, size, gpu=gpu, seen=tokens if sequence is None else sequence, repeated=repeated) * tokens
     kept = (
         shape.hidden * size * tokens * shape.layers + layer if engine.gradient_checkpointing else layer * shape.layers
     )
@@ -255,6 +263,24 @@ def activation(shape: Shape, size: int, *, sparing: bool) -> float:
     norms = 2 * size * shape.hidden if "norms" in spared else (8 + 4 * size) * shape.hidden
     products = 2 * size * inner if "products" in spared else 4 * size * inner
     return norms + size * (3 * shape.hidden + 3 * shape.kv_width) + products
+
+
+def written(shape: Shape, size: int, *, gpu: bool, seen: float, repeated: float) -> float:
+    """Bytes that one layer's attention keeps of one token beyond `activation`: keys and values once for each response.
+
+    A GPU's kernel reads them in a row; in fp32, and for capped scores and sinks, they stand there for every head. The
+    latter also keep their scores before the softmax and their weights in fp32, and the weights in their own type.
+
+    Args:
+        seen: tokens of a prompt with one response.
+        repeated: keys that attention reads for each token of a row.
+    """
+    if shape.explicit:
+        return 2 * size * (shape.hidden * repeated - shape.kv_width) + shape.heads * (4 + 4 + size) * seen
+    if not gpu:
+        return 0.0
+    width = shape.hidden if size == 4 else shape.kv_width
+    return 2 * size * (width * repeated - shape.kv_width)
 
 
 def attended(shape: Shape, size: int, tokens: int, sequence: float | None) -> float:

@@ -612,7 +612,7 @@ def experiments(recipe: Recipe, scale: str, config_dirs: Sequence[str] = ()) -> 
     Raises:
         UserError: a run is wrong, a sentence with file and run for each problem.
     """
-    from align_cli import experiment  # here, so that recipes are listed without it
+    from align_cli import reading  # here, so that recipes are listed without it
 
     found: dict[str, Experiment] = {}
     problems: list[str] = []
@@ -620,7 +620,7 @@ def experiments(recipe: Recipe, scale: str, config_dirs: Sequence[str] = ()) -> 
         folders = {name: Path(name) for name in run.needs}
         try:
             tree = config.compose("train", run.placed(0, folders, Path("unused", run.folder)), config_dirs)
-            found[run.name] = experiment.read(tree, planned=True)
+            found[run.name] = reading.read(tree, planned=True)
         except UserError as error:
             problems += [f"{recipe.path}: scales.{scale}.runs.{run.name}: {line}" for line in str(error).splitlines()]
     if problems:

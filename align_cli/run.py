@@ -11,7 +11,21 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from align_cli import assembly, cache, config, distributed, evaluate, paths, raters, rundir, summaries, terminal, world
+from align_cli import (
+    assembly,
+    cache,
+    config,
+    distributed,
+    evaluate,
+    paths,
+    raters,
+    reading,
+    resources,
+    rundir,
+    summaries,
+    terminal,
+    world,
+)
 from align_cli.assembly import Prepared, build_engine, build_methods, build_proposal, build_source
 from align_cli.checkpoints import Checkpoint, Checkpoints
 from align_cli.data import toy
@@ -20,7 +34,7 @@ from align_cli.data.store import prepare as prepare_data
 from align_cli.engine import Engine
 from align_cli.errors import RunError, Stopped, UserError, first_line
 from align_cli.evaluate import evaluate_loss, evaluate_samples
-from align_cli.experiment import Experiment, read, shape_of, terms
+from align_cli.experiment import Experiment
 from align_cli.method import Method
 from align_cli.models.causal import load_tokenizer, positions, read_architecture
 from align_cli.models.scalar import classifier, is_reward_model
@@ -236,7 +250,7 @@ def _imitate(demonstrations: Path, start: Path, out: Path, options: World) -> No
     tree = config.compose("train", [f"{key}={told(value)}" for key, value in chosen.items()])
     folder.mkdir()
     try:
-        run(_prepare(read(tree), terminal.silent), folder)
+        run(_prepare(reading.read(tree), terminal.silent), folder)
     except Stopped:  # what is half made is made again from the start
         raise KeyboardInterrupt from None
     (folder / "model").rename(out)
@@ -357,7 +371,7 @@ def _warn_of_little_memory(experiment: Experiment, device: torch.device) -> None
         return
     free = distributed.gather(torch.cuda.mem_get_info(device)[0])
     try:
-        needed = sum(terms(experiment, shape_of(experiment)).values())
+        needed = sum(resources.terms(experiment, resources.shape_of(experiment)).values())
     except UserError:  # its memory cannot be planned
         return
     short = [rank for rank, left in enumerate(free) if left < needed]

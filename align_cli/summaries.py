@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from align_cli import distributed, tilt
+from align_cli import distributed, resources, tilt
 from align_cli.columns import GLOSSARY
 from align_cli.evaluate import ENOUGH, OF_Z, Graded, flat, graded_figures
-from align_cli.experiment import Experiment, producers, sizes
+from align_cli.experiment import Experiment, producers
 from align_cli.method import Method
 from align_cli.proposal import UPDATES
 from align_cli.references import COUNTERS
@@ -125,7 +125,7 @@ def _unknown_responses(experiment: Experiment) -> bool:
 
 def _measured(experiment: Experiment) -> list[str]:
     """The metrics of a batch of one prompt whose columns are made up, in the shapes that the glossary gives."""
-    told = MANY if _unknown_responses(experiment) else int(sizes(experiment)["responses"])
+    told = MANY if _unknown_responses(experiment) else int(resources.sizes(experiment)["responses"])
     features = 1 if experiment.moments is None else len(experiment.moments.features)
     size = {"B": 1, "K": told, "T": 2, "F": features}
     there = ["ratings", "lengths", "mask", "scores" if experiment.scalar == "scores" else "policy"]

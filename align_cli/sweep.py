@@ -107,7 +107,7 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
     Raises:
         UserError: a job's configuration is wrong, or its directory holds something else; no job is started then.
     """
-    from align_cli import experiment, launch
+    from align_cli import launch, reading
 
     planned = jobs(overrides, config_dirs)
     homes = {job.run_dir for job in planned}
@@ -118,7 +118,7 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
     for job in planned:
         tree = config.compose("train", job.overrides, config_dirs)
         tree["run"]["dir"] = str(job.run_dir)
-        checked = experiment.read(tree)
+        checked = reading.read(tree)
         launch.claimable(job.run_dir)
         if launch.finished(checked, job.run_dir):
             states[job.run_dir] = "skipped"

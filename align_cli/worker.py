@@ -82,15 +82,15 @@ def work(run_dir: Path, packages: Sequence[str], *, scores: bool) -> int:
 
 
 def _work(run_dir: Path, *, scores: bool) -> int:
-    from align_cli import experiment
+    from align_cli import reading, resources
     from align_cli.run import prepare, run, score
 
     if rundir.read_summary(run_dir) is not None:
         if os.environ.get("RANK", "0") == "0":
             terminal.result(f"{run_dir} is finished already")
         return exits.DONE
-    plan = experiment.read(rundir.read_config(run_dir))
-    problems = [*experiment.needs_gpu(plan), *_wrong_ranks(plan, run_dir)]
+    plan = reading.read(rundir.read_config(run_dir))
+    problems = [*resources.needs_gpu(plan), *_wrong_ranks(plan, run_dir)]
     if problems:
         raise UserError("\n".join(problems))
     device = distributed.local_device(plan.launch.accelerator)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from forks import HANGS
 
-from align_cli import distributed, experiment, rundir, terminal
+from align_cli import distributed, reading, rundir, terminal
 from align_cli.run import prepare, run
 
 
@@ -23,7 +23,7 @@ def rank(run_dirs: list[str]) -> None:
     """Run one after the other, as `align_cli.worker` runs one."""
     distributed.join(distributed.local_device("cpu"))
     for run_dir in run_dirs:
-        run(prepare(experiment.read(rundir.read_config(Path(run_dir)))), Path(run_dir))
+        run(prepare(reading.read(rundir.read_config(Path(run_dir)))), Path(run_dir))
     distributed.leave()
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from align_cli import cli, config, exits, experiment
+from align_cli import cli, config, exits, reading
 from align_cli.data import toy
 from align_cli.data.store import Group
 from align_cli.experiment import Experiment
@@ -86,7 +86,7 @@ def align(*arguments: str) -> int:
 
 def read(given: Sequence[str]) -> Experiment:
     """The experiment that overrides describe."""
-    return experiment.read(config.compose("train", given))
+    return reading.read(config.compose("train", given))
 
 
 def summary(run_dir: Path) -> dict[str, Any]:

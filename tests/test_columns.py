@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align_cli import advantages, experiment, metrics, preferences, references, rewards
+from align_cli import advantages, metrics, preferences, reading, references, rewards
 from align_cli.columns import GLOSSARY, POLICY, asked, evaluate, plan
 from align_cli.paths import conf
 
@@ -106,6 +106,6 @@ def test_every_metric_and_producer_asks_for_columns_of_the_glossary() -> None:
 
 
 def test_every_column_of_a_run_is_in_the_glossary_with_its_shape() -> None:
-    assert {*experiment.GIVEN, *experiment.SAMPLED} <= set(GLOSSARY)
+    assert {*reading.GIVEN, *reading.SAMPLED} <= set(GLOSSARY)
     for name, text in GLOSSARY.items():
         assert name == "batch" or re.match(r"\(B(, [KN])?(, [KTF])?,?\) ", text), name

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import align, largest_difference, overrides, read, summary, weights
 from transformers import AutoTokenizer
 
-from align_cli import columns, config, experiment, memory
+from align_cli import columns, config, experiment, memory, resources
 from align_cli.data.store import Group
 from align_cli.models.causal import Manner
 from align_cli.raters import ByModel, Ensemble, Rater, Unrated
@@ -163,11 +163,11 @@ def test_the_plan_counts_the_reward_models_that_lie_beside_the_policy(capsys: py
     large = ["algo=rloo", "source=rollout", "model=qwen2_5_0_5b", "data=ultrafeedback", "adapter=none"]
     large += ["run.dir=nowhere", "launch.accelerator=gpu", "scorer=ensemble", "scorer.paths=[a,b,c]"]
     shape = memory.shape(read(large).model, read(large).adapter)
-    found = [experiment.terms(read([*large, *more]), shape) for more in ([], ["scorer.apart=true"])]
+    found = [resources.terms(read([*large, *more]), shape) for more in ([], ["scorer.apart=true"])]
     assert found[0]["reward models"] == 3 * found[1]["reward model"] == 3 * 2 * shape.parameters
     # ZeRO-3 shares them out
     spread = read([*large, "scorer.apart=true", "engine=zero3", "launch.devices=2"])
-    assert experiment.terms(spread, shape)["reward models"] == 3 * 2 * shape.parameters / 2
+    assert resources.terms(spread, shape)["reward models"] == 3 * 2 * shape.parameters / 2
     assert align("plan", *large, "launch.memory_gb=4") == 1
     told = capsys.readouterr().out
     assert "scorer.apart=true: " in told and "3 reward models" in told

@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align_cli import config, experiment, memory, run
+from align_cli import config, memory, reading, resources, run
 from align_cli.cli import dispatch
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
+from align_cli.experiment import Experiment
 from align_cli.models import attention, recompute, segments, tiny
 from align_cli.models.causal import Manner, measure
 from align_cli.paths import conf
@@ -35,10 +36,10 @@ PARAMETERS = {
 }
 
 
-def checked(*overrides: str) -> experiment.Experiment:
+def checked(*overrides: str) -> Experiment:
     tree = config.compose("train", overrides)
     tree["run"]["dir"] = "nowhere"
-    return experiment.read(tree, planned=True)
+    return reading.read(tree, planned=True)
 
 
 def printed_total(text: str) -> float:
@@ -96,7 +97,7 @@ def test_the_keys_and_values_of_samples_are_planned_where_they_need_more_than_tr
     ]
     few, many = (checked(*given, *GPU, f"source.sequences={n}", "source.max_new_tokens=815") for n in (16, 512))
     shape = memory.shape(few.model, few.adapter)
-    trained, sampling = experiment.terms(few, shape), experiment.terms(many, shape)
+    trained, sampling = resources.terms(few, shape), resources.terms(many, shape)
     assert "keys and values of samples" not in trained
     # 512 sequences of 185 + 815 tokens, in 32 layers a key and a value of 1,024 numbers in bf16
     assert sampling["keys and values of samples"] == 512 * 1000 * 32 * 2 * 1024 * 2
@@ -106,14 +107,14 @@ def test_the_keys_and_values_of_samples_are_planned_where_they_need_more_than_tr
 
 def test_full_fine_tuning_under_zero_3_is_18_bytes_a_weight_over_the_gpus() -> None:
     full = checked(*THE_COMMAND, *GPU, "adapter=none")
-    found = experiment.terms(full, memory.shape(full.model, full.adapter))
+    found = resources.terms(full, memory.shape(full.model, full.adapter))
     state = sum(found[name] for name in ("weights", "gradients", "master weights", "Adam moments"))
     assert state == pytest.approx(7_241_732_096 * (2 + 4 + 4 + 8) / 8)
 
 
 def test_four_bits_are_for_the_linear_layers_and_come_with_scales() -> None:
     plain, packed = (checked(*THE_COMMAND, *GPU, "engine=zero2", f"adapter={name}") for name in ("lora", "qlora"))
-    saved = [experiment.terms(each, memory.shape(each.model, each.adapter))["weights"] for each in (plain, packed)]
+    saved = [resources.terms(each, memory.shape(each.model, each.adapter))["weights"] for each in (plain, packed)]
     # Mistral 7B: q, o (4096 x 4096), k, v (1024 x 4096), gate, up, down (14336 x 4096); not embeddings, head and norms
     linear = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     assert saved[0] - saved[1] == linear * (2 - 4 / 8 - 4 / 64)  # blocks of 64 share a scale in fp32
@@ -245,7 +246,7 @@ def kept_per_token(model_type: str, dtype: torch.dtype, *, sparing: bool) -> tup
     for layers in (2, 4):
         sizes = {"num_attention_heads": 4, "max_position_embeddings": 512, "vocab_size": 61}
         sizes |= {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": layers}
-        sizes |= {"n_inner": 224} if model_type == "gpt2" else {"num_key_value_heads": 1}
+        sizes |= {"n_inner": 224} if model_type == "gpt2" else {"num_key_value_heads": 1, "head_dim": 16}
         made = AutoConfig.for_model(model_type, **sizes)
         network = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=attention.NAME)
         own = {p.untyped_storage().data_ptr() for p in network.parameters()}
@@ -285,6 +286,7 @@ def kept_per_token(model_type: str, dtype: torch.dtype, *, sparing: bool) -> tup
         vocabulary=61,
         experts_per_token=1,
         spared=recompute.kinds(network),
+        explicit=model_type == "gemma2",
     )
     return (bytes_of[4] - bytes_of[2]) / 2 / batch.input_ids.shape[1], shape
 
@@ -304,6 +306,24 @@ def test_planned_activations_of_models_without_a_gate_are_not_too_small(sparing:
         kept, shape = kept_per_token(model_type, torch.bfloat16, sparing=sparing)
         assert not shape.spared
         assert 0.85 * kept < memory.activation(shape, 2, sparing=sparing) < 1.7 * kept, model_type
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_planned_activations_of_capped_scores_are_not_too_small(dtype: torch.dtype) -> None:
+    kept, shape = kept_per_token("gemma2", dtype, sparing=True)
+    sequence, repeated = 18 + 30, (18 + 4 * (18 + 30)) / (18 + 4 * 30)
+    apart = memory.written(shape, dtype.itemsize, gpu=False, seen=sequence, repeated=repeated)
+    planned = memory.activation(shape, dtype.itemsize, sparing=True) + apart
+    assert apart > planned / 3 and 0.9 * kept < planned < 1.5 * kept
+
+
+def test_keys_that_are_read_for_each_response_are_planned_on_a_gpu() -> None:
+    _, shape = kept_per_token("llama", torch.float32, sparing=False)
+    for size, width in ((2, 16), (4, 64)):  # of keys: in half precision a kernel groups queries
+        once, thrice = (memory.written(shape, size, gpu=True, seen=48, repeated=times) for times in (1.0, 3.0))
+        assert thrice - once == 2 * 2 * size * width
+    assert memory.written(shape, 2, gpu=True, seen=48, repeated=1.0) == 0
+    assert memory.written(shape, 2, gpu=False, seen=48, repeated=3.0) == 0
 
 
 def test_planned_attention_weights_are_no_fewer_than_a_cpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None:

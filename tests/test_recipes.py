@@ -10,7 +10,7 @@ import pytest
 import small_runs
 import yaml
 
-from align_cli import config, evals, experiment, paths, recipe, summaries
+from align_cli import config, evals, paths, reading, recipe, summaries
 from align_cli.commands import plan, reproducing
 from align_cli.errors import UserError
 
@@ -216,7 +216,7 @@ def test_the_figures_that_a_run_can_write_are_those_that_it_writes(
     """But for divergences that are infinite, which no run writes."""
     more = ("train.steps=1", "train.prompts=2", "eval.groups=6")
     whole = small_runs.overrides(tiny_model, ragged_file, tmp_path / "run", *given, *more)
-    known = summaries.names(experiment.read(config.compose("train", whole)))
+    known = summaries.names(reading.read(config.compose("train", whole)))
     assert small_runs.align("train", *whole) == 0
     written = set(small_runs.summary(tmp_path / "run"))
     assert written <= known

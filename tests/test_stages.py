@@ -18,7 +18,7 @@ from small_runs import align, largest_difference, losses, overrides, read, weigh
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from align_cli import config, distributed, engine, experiment, memory, run, rundir
+from align_cli import config, distributed, engine, memory, reading, resources, run, rundir
 from align_cli.engine import EngineOptions, Optimizer
 from align_cli.errors import UserError
 from align_cli.experiment import Experiment
@@ -34,7 +34,7 @@ GPU = ("launch.accelerator=gpu", "launch.devices=8", "run.dir=nowhere")
 def needed(chosen: Experiment, stage: str, shape: memory.Shape) -> float:
     """Bytes that a run would need at another stage."""
     other = read([*FULL, *GPU, f"engine={stage}", f"launch.memory_gb={chosen.launch.memory_gb}"])
-    return sum(experiment.terms(other, shape).values())
+    return sum(resources.terms(other, shape).values())
 
 
 @pytest.mark.parametrize("gb, stage", [(200, "zero1"), (100, "zero1"), (60, "zero2"), (33, "zero3")])
@@ -83,10 +83,10 @@ def test_micro_batches_are_the_largest_that_leave_a_tenth_free(gb: int) -> None:
 
     def fits(budget: int) -> bool:
         other = read([*given, f"engine.micro_tokens={budget}"])
-        return sum(experiment.terms(other, shape).values()) <= 0.9 * gb * 1e9
+        return sum(resources.terms(other, shape).values()) <= 0.9 * gb * 1e9
 
-    assert fits(tokens) or tokens == experiment.BUDGETS[0]
-    assert not fits(2 * tokens) or tokens == experiment.BUDGETS[-1]
+    assert fits(tokens) or tokens == resources.BUDGETS[0]
+    assert not fits(2 * tokens) or tokens == resources.BUDGETS[-1]
 
 
 def test_the_reason_of_a_stage_tells_the_micro_batches_that_it_leaves_room_for() -> None:
@@ -97,20 +97,20 @@ def test_the_reason_of_a_stage_tells_the_micro_batches_that_it_leaves_room_for()
 
 def test_on_a_cpu_and_for_the_embedded_world_micro_batches_have_one_size() -> None:
     for given in (["launch.accelerator=cpu", *MISTRAL], ["launch.accelerator=gpu", "algo=nca"]):
-        assert read([*given, "run.dir=nowhere"]).engine.micro_tokens == experiment.BUDGET
+        assert read([*given, "run.dir=nowhere"]).engine.micro_tokens == resources.BUDGET
 
 
 def test_a_large_model_on_a_machine_without_gpus_is_measured_by_that_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = ["algo=nca", "model=qwen2_5_0_5b", "run.dir=nowhere"]
     here = read(given)
-    assert here.engine.micro_tokens == experiment.BUDGET and not experiment.on_gpu(here)
+    assert here.engine.micro_tokens == resources.BUDGET and not resources.on_gpu(here)
     two = read([*given, "launch.devices=2"])
     assert two.choice is not None and "this machine's memory over 2 ranks" in two.choice.reason
     # planned or prepared, it is for GPUs that are elsewhere
-    planned = experiment.read(here.tree | {"engine": {**here.tree["engine"], "micro_tokens": "auto"}}, planned=True)
+    planned = reading.read(here.tree | {"engine": {**here.tree["engine"], "micro_tokens": "auto"}}, planned=True)
     for other in (planned, read([*given, "launch=prepare"])):
-        assert other.engine.micro_tokens > experiment.BUDGET and experiment.on_gpu(other)
+        assert other.engine.micro_tokens > resources.BUDGET and resources.on_gpu(other)
 
 
 def test_a_named_engine_stays_and_needs_no_reason() -> None:
@@ -134,7 +134,7 @@ def test_nodes_keep_a_copy_of_the_weights_under_hpz() -> None:
     given = (*FULL, *GPU, "engine=zero3", "launch=prepare", "launch.devices=32", "launch.memory_gb=80")
     spread, local = read(given), read([*given, "launch=local"])
     shape = memory.shape(spread.model, spread.adapter)
-    more = sum(experiment.terms(spread, shape).values()) - sum(experiment.terms(local, shape).values())
+    more = sum(resources.terms(spread, shape).values()) - sum(resources.terms(local, shape).values())
     assert more == pytest.approx(7_241_732_096 * 2 / (torch.cuda.device_count() or 8))
 
 
@@ -277,7 +277,7 @@ def test_what_deepspeed_may_hold_beside_the_weights_is_planned(
     zero = config_of(stage, device="cuda")["zero_optimization"]
     assert zero["overlap_comm"] == (stage != "zero1")  # under stage 2 a bucket fills while another is summed
     small = read(["algo=nca", "model=gpt2_large", "data=ultrafeedback", *GPU, f"engine={stage}"])
-    terms = experiment.terms(small, memory.shape(small.model, small.adapter))
+    terms = resources.terms(small, memory.shape(small.model, small.adapter))
     assert terms.get("buckets of gradients", 0) == buckets * zero["reduce_bucket_size"] * 2
     if stage == "zero3":  # two of its 36 layers are less than this
         assert terms["gathered layers"] == zero["stage3_max_live_parameters"] * 2
@@ -426,5 +426,5 @@ def test_the_model_s_own_head_needs_all_logits_at_once() -> None:
     chunked, plain = (read([*FULL, *GPU, "engine=zero3", *more]) for more in ((), ("model.head=plain",)))
     shape = memory.shape(plain.model, plain.adapter)
     scored = 8192 * 4 * 305 / (185 + 4 * 305)
-    assert experiment.terms(plain, shape)["logits"] == pytest.approx(scored * 32000 * 10, rel=1e-3)
-    assert experiment.terms(chunked, shape)["logits"] < 2.3e9
+    assert resources.terms(plain, shape)["logits"] == pytest.approx(scored * 32000 * 10, rel=1e-3)
+    assert resources.terms(chunked, shape)["logits"] < 2.3e9

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from align_cli import cache, exits, experiment, paths
+from align_cli import cache, exits, paths, reading
 from align_cli.commands import arguments
 from align_cli.errors import UserError
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     if given.show_config:
         given.print_config()
         return exits.DONE
-    checked = experiment.read(experiment.placed(given.compose(), "unused"))
+    checked = reading.read(reading.placed(given.compose(), "unused"))
 
     from align_cli.data.show import show
     from align_cli.run import prepare

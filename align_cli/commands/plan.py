@@ -9,7 +9,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from align_cli import exits, experiment, memory
+from align_cli import exits, experiment, memory, reading, resources
 from align_cli.commands import arguments
 from align_cli.experiment import Experiment
 from align_cli.raters import FromEnsemble
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     if given.show_config:
         given.print_config()
         return exits.DONE
-    checked = experiment.read(experiment.placed(given.compose(), "runs/<time>"), planned=True)
+    checked = reading.read(reading.placed(given.compose(), "runs/<time>"), planned=True)
     console = Console()
     console.print(way(checked), soft_wrap=True, markup=False, highlight=False)
     if checked.choice is not None:
@@ -54,7 +54,7 @@ def columns_table(checked: Experiment) -> Table:
 
 def schedule(checked: Experiment) -> list[str]:
     """Steps and tokens, as far as the data's YAML states its size."""
-    size = experiment.sizes(checked)
+    size = resources.sizes(checked)
     train = checked.train
     if "prompts" not in size:
         steps = f"{train.steps} optimizer steps" if train.steps else f"{train.epochs} epoch(s); steps follow the data"
@@ -64,11 +64,11 @@ def schedule(checked: Experiment) -> list[str]:
     group = size["prompt_tokens"] + size["responses"] * size["response_tokens"]
     copies = size["responses"] * (size["prompt_tokens"] + size["response_tokens"])
     per_step = train.prompts * group
-    parts = max(experiment.devices(checked), math.ceil(per_step / checked.engine.micro_tokens))
+    parts = max(resources.devices(checked), math.ceil(per_step / checked.engine.micro_tokens))
     return [
         f"{steps} optimizer steps of {train.prompts} prompts x {size['responses']:.0f} responses, "
         f"about {prompts} prompts x {train.epochs} epoch(s)",
-        f"about {per_step:,.0f} tokens a step in at least {parts} micro-batches over {experiment.devices(checked)} "
+        f"about {per_step:,.0f} tokens a step in at least {parts} micro-batches over {resources.devices(checked)} "
         f"rank(s), {steps * per_step:,.0f} in all; a prompt counts once, {copies / group:.2f} times fewer than with a "
         "copy of it for each response",
     ]
@@ -79,17 +79,17 @@ def report_memory(checked: Experiment, console: Console) -> bool:
     if checked.model.path == "world":
         console.print("memory: the embedded world's model is made on first use; it needs less than 2 GB")
         return True
-    shape = experiment.shape_of(checked)
-    there, source = experiment.room(checked)
-    found = experiment.terms(checked, shape)
+    shape = resources.shape_of(checked)
+    there, source = resources.room(checked)
+    found = resources.terms(checked, shape)
     total = sum(found.values())
-    kind = "GPU" if experiment.on_gpu(checked) else "CPU"
+    kind = "GPU" if resources.on_gpu(checked) else "CPU"
     table = Table("term", "GB", title=f"memory of each {kind} rank", title_justify="left")
     for name, value in found.items():
         table.add_row(name, f"{value / 1e9:.2f}")
     table.add_row("total", f"{total / 1e9:.2f}", style="bold")
     console.print(table)
-    dtype = str(experiment.dtype(checked)).removeprefix("torch.")
+    dtype = str(resources.dtype(checked)).removeprefix("torch.")
     console.print(
         f"{shape.parameters:,} weights, {shape.trained:,} trained, in {dtype}; "
         f"a device has {there / 1e9:.0f} GB ({source})",
@@ -124,12 +124,12 @@ def remedies(checked: Experiment, shape: memory.Shape, there: float) -> list[tup
     if checked.adapter.rank is None:
         lora = replace(checked.adapter, name="lora", rank=16, scale=16.0, targets="all-linear")
         adapted = replace(checked, adapter=lora)
-        found["adapter=lora"] = _needed(adapted, experiment.shape_of(adapted))
+        found["adapter=lora"] = _needed(adapted, resources.shape_of(adapted))
     light = replace(engine, name=strongest, gradient_checkpointing=True)
     for power in range(11):
         spread = replace(checked, engine=light, launch=replace(launch, devices=2**power), choice=None)
         needed = _needed(spread, shape)
-        if needed <= min(there, experiment.room(spread)[0]):
+        if needed <= min(there, resources.room(spread)[0]):
             found[f"engine={strongest} engine.gradient_checkpointing=true launch.devices={2**power}"] = needed
             break
     now = _needed(checked, shape)
@@ -138,6 +138,6 @@ def remedies(checked: Experiment, shape: memory.Shape, there: float) -> list[tup
 
 def _needed(checked: Experiment, shape: memory.Shape) -> float:
     """Bytes on one device; a stage that was not named is chosen again."""
-    if checked.choice is not None and experiment.devices(checked) > 1:
-        checked = experiment.lowest(checked, shape)
-    return sum(experiment.terms(checked, shape).values())
+    if checked.choice is not None and resources.devices(checked) > 1:
+        checked = resources.lowest(checked, shape)
+    return sum(resources.terms(checked, shape).values())

@@ -4,12 +4,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from align_cli import config, exits, experiment, recipe, reproduction, reproduction_page, rundir, shrink, terminal
+from align_cli import config, exits, recipe, reproduction, reproduction_page, resources, rundir, shrink, terminal
 from align_cli.commands import evaluate, plan
 from align_cli.commands.arguments import FOLDERS
 from align_cli.commands.listing import print_table
 from align_cli.commands.reproduce import Asked
 from align_cli.errors import UserError
+from align_cli.experiment import Experiment
 from align_cli.recipe import RESULTS
 from align_cli.reproduction import Job, Outcome, Reproduction
 
@@ -31,7 +32,7 @@ def reproduce(asked: Asked, name: str, home: Path) -> int:
     begun = time.monotonic()
     with rundir.lock(told.folder, "dir"):
         before = recipe.results(told.folder / RESULTS)
-        room = asked.jobs or reproduction.side_by_side(planned)
+        room = reproduction.side_by_side(planned, asked.jobs)
         terminal.say(
             f"{told.recipe.name}, scale={told.scale.name}: {len(planned)} jobs, {room} at a time; {told.folder}"
         )
@@ -68,7 +69,7 @@ def described(asked: Asked, name: str, home: Path) -> Reproduction:
     refuse_evaluations(loaded, scale, asked.config_dirs)
     seeds = tuple(range(asked.seeds or scale.seeds))
     folder = asked.folder or home / f"{loaded.name}-{scale.name}{'-shrunken' if asked.shrink else ''}"
-    made: dict[str, experiment.Experiment] = {}
+    made: dict[str, Experiment] = {}
     if asked.shrink is not None:
         loaded, seeds = _shrunken(loaded, asked, folder), (0,)
         scale = loaded.scales[asked.scale]
@@ -150,15 +151,15 @@ def show_plan(told: Reproduction, planned: Sequence[Job]) -> int:
     return exits.DONE
 
 
-def memory_line(checked: experiment.Experiment) -> str:
+def memory_line(checked: Experiment) -> str:
     """The memory of a rank, where the model's sizes are known without reading it."""
-    ranks = experiment.devices(checked)
+    ranks = resources.devices(checked)
     if checked.model.path == "world":
         return f"{ranks} rank(s); the embedded world's model needs less than 2 GB"
     if checked.model.architecture is None:
         return f"{ranks} rank(s); memory is known when {checked.model.path} is read"
-    total = sum(experiment.terms(checked, experiment.shape_of(checked)).values())
-    there, source = experiment.room(checked)
+    total = sum(resources.terms(checked, resources.shape_of(checked)).values())
+    there, source = resources.room(checked)
     return (
         f"{ranks} rank(s), engine={checked.engine.name}: {total / 1e9:.1f} GB of {there / 1e9:.0f} GB each ({source})"
     )

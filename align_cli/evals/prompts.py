@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align_cli import config, experiment, paths, raters, rundir, terminal
+from align_cli import config, paths, raters, reading, rundir, terminal
 from align_cli.config import Tree
 from align_cli.data.options import Data
 from align_cli.data.store import Group, Store
@@ -72,7 +72,7 @@ def held_out(subject: Subject, training: Training, *, limit: int | None, respons
     if subject.config is None and not responses:
         read, store, data = None, *_prompts(subject, training)
     else:
-        prepared = prepare(experiment.read(tree_of(subject, training)))
+        prepared = prepare(reading.read(tree_of(subject, training)))
         read, store, data = prepared.experiment, prepared.held_out, prepared.experiment.data
     groups = [store[index] for index in range(min(len(store), limit or len(store)))]
     if not groups:

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from align_cli import config, experiment, targets
+from align_cli import config, reading, targets
 from align_cli.columns import asked
 from align_cli.config import Tree
 from align_cli.divergences import Divergence
@@ -122,7 +122,7 @@ def pose(world: World, name: str, divergence: str | None, config_dirs: Sequence[
     # Where the first options put the optimum out of reach of any policy, those that are all 1 may not.
     for options in _options(loss, optimum, kind):
         given = [*settings, *(f"algo.{key}={value}" for key, value in options.items())]
-        checked = experiment.read(composed((*given, *_PLACEHOLDERS), tuple(config_dirs)))
+        checked = reading.read(composed((*given, *_PLACEHOLDERS), tuple(config_dirs)))
         columns = {**posed.columns, **_of_experiment(checked, world, posed.columns)}
         wanted, (statement, source) = _optimum(checked, optimum, columns)
         problem = Problem(
@@ -218,7 +218,7 @@ _WANTED = {
     ("target", "normaliser"): "prompt",
 }
 
-# What the world gives once it is there; `experiment.read` looks at none of it.
+# What the world gives once it is there; `reading.read` looks at none of it.
 _PLACEHOLDERS = ["model=hf", "model.path=.", "data=file", "data.path=.", "run.dir=.", "engine=torch"]
 
 

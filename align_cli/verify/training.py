@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from align_cli import config, experiment
+from align_cli import config, reading
 from align_cli import run as running
 from align_cli.terminal import silent
 from align_cli.verify.problems import Problem, write_rows
@@ -52,6 +52,6 @@ def train(world: World, problem: Problem, folder: Path, config_dirs: list[str]) 
     tree = config.compose("train", [*problem.overrides, *given], config_dirs)
     (folder / "run").mkdir()
     with contextlib.redirect_stderr(io.StringIO()):
-        running.run(running.prepare(experiment.read(tree), silent), folder / "run")
+        running.run(running.prepare(reading.read(tree), silent), folder / "run")
     model = folder / "run" / "model"
     return world.scores(model) if problem.own == "scores" else world.logs(model)

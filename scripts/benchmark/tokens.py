@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from align_cli import config, experiment
+from align_cli import config, reading
 from align_cli.data.batches import members
 from align_cli.data.store import prepare
 from align_cli.models.causal import load_tokenizer
@@ -12,7 +12,7 @@ from benchmark import groups, worker
 
 def digest(settings: list[str], *, cache: Path, steps: int) -> str:
     """Of the groups in the order in which a run with these settings meets them."""
-    read = experiment.read(config.compose("train", settings))
+    read = reading.read(config.compose("train", settings))
     tokenizer = load_tokenizer(read.model)
     store, _ = prepare(
         read.data,
