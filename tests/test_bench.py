@@ -5,6 +5,7 @@ Nothing is timed and TRL does not run here.
 
 import copy
 import json
+import math
 import os
 import re
 import resource
@@ -24,6 +25,7 @@ from benchmark import __main__ as bench
 from benchmark import (
     contenders,
     evaluation,
+    floor,
     flops,
     gate,
     groups,
@@ -44,7 +46,7 @@ from benchmark.processes import Ended
 from benchmark.shapes import SHAPES, Shape
 
 SMALL = Shape("tiny", 8, 2, 2, 1, 12, 40, "a test")
-TABLED = ("full", "135M")  # the benchmarks whose tables README shows
+TABLED = ("full", "30M", "135M")  # the benchmarks whose tables README shows
 
 
 @pytest.mark.parametrize("responses", [2, 4])
@@ -134,6 +136,37 @@ def test_the_weighted_rate_is_work_over_time() -> None:
     assert flops.weighted_rate(slow, SMALL, response_share=0.5) == pytest.approx(
         (head + rest) / (head / 3.5 + rest / 7)
     )
+
+
+def test_the_floor_is_each_part_of_the_work_at_its_own_rate() -> None:
+    """A prompt of 3 tokens, responses of 2 and 1, in steps of one group: counted one by one."""
+    lengths = Lengths(np.array([3]), np.array([[2, 1]]))
+    told = {
+        "lengths": "here",
+        "groups_per_step": 1,
+        "unique_tokens_per_group": 6.0,
+        "response_tokens_per_group": 3.0,
+        "flops_per_group": float(flops.group_flops(SMALL, lengths)[0]),
+    }
+    seen = (1 + 2 + 3) + (4 + 5) + 4  # keys of each query: of the prompt, of one response, of the other
+    rates = {"attention": {"here": math.inf}, "exponentials": math.inf, "AdamW": math.inf}
+    matrices = 6 * SMALL.matrix_weights * 6 + 6 * SMALL.vocabulary * SMALL.hidden * 3
+    assert floor.seconds_per_group(told, SMALL, rates, 2.0) == matrices / 2
+    attention = {**rates, "attention": {"here": 4.0}}
+    per_pair = 12 * SMALL.layers * SMALL.heads * SMALL.head_width
+    assert floor.seconds_per_group(told, SMALL, attention, math.inf) == pytest.approx(per_pair * seen / 4)
+    exponentials = SMALL.layers * SMALL.heads * seen + SMALL.vocabulary * 3
+    found = floor.seconds_per_group(told, SMALL, {**rates, "exponentials": 8.0}, math.inf)
+    assert found == pytest.approx(exponentials / 8)
+    weights = {**rates, "AdamW": 16.0}
+    assert floor.seconds_per_group(told, SMALL, weights, math.inf) == SMALL.weights / 16
+    assert floor.seconds_per_group({**told, "groups_per_step": 4}, SMALL, weights, math.inf) == SMALL.weights / 64
+
+
+def test_what_bounds_a_step_can_be_measured() -> None:
+    found = floor.measure(SMALL, seconds=0.0)
+    assert set(found) == {"attention", "exponentials", "AdamW"} and set(found["attention"]) == set(TABLES)
+    assert all(0 < rate < math.inf for rate in (*found["attention"].values(), found["exponentials"], found["AdamW"]))
 
 
 def case(**changed: Any) -> Case:
@@ -437,7 +470,7 @@ def test_the_script_shows_what_was_measured(tmp_path: Path) -> None:
         before, _, rest = emptied.partition(begin)
         emptied = before + begin + "\n" + end + rest.partition(end)[2]
     lines = re.findall(r"^ {4}(scripts/bench\b.*?)(?: {3,}.*)?$", told, re.MULTILINE)
-    assert len(lines) == 3 + len(TABLED)
+    assert len(lines) == 4 + len(TABLED)
     readme = tmp_path / "README.md"
     readme.write_text(emptied, encoding="utf-8")
     for line in lines:
@@ -457,7 +490,9 @@ def test_a_rate_of_products_stays_the_one_that_was_measured_first(
     rates = flops.measure_rates([], tokens=4, seconds=0.0, square=8)
     torch.set_float32_matmul_precision(before)
 
-    def measured(_: str, job: dict[str, Any]) -> dict[str, Any]:
+    def measured(module: str, job: dict[str, Any]) -> dict[str, Any]:
+        if module == "benchmark.floor":
+            return {name: {"of": len(asked)} for name in job["shapes"]}
         asked.append(job["shapes"])
         now = dict.fromkeys([*job["shapes"], "square"], float(len(asked)))
         return {name: now if isinstance(found, dict) else found for name, found in rates.items()}
@@ -477,6 +512,7 @@ def test_a_rate_of_products_stays_the_one_that_was_measured_first(
     }
     assert made.data["gemm"]["rates"]["bf16"] == {"135M": 1.0, "30M": 2.0, "tiny": 3.0, "square": 1.0}
     assert made.data["gemm"]["rates"]["tokens"] == 4
+    assert made.data["gemm"]["floor"] == {"135M": {"of": 1}, "30M": {"of": 2}, "tiny": {"of": 3}}
 
 
 def test_committed_results_are_whole_and_their_figures_follow_from_their_runs() -> None:

@@ -72,6 +72,8 @@ ELSEWHERE = {
     "scripts/bench": test_bench.test_the_script_shows_what_was_measured,
     "scripts/bench --quick": test_bench.test_the_script_shows_what_was_measured,
     "scripts/bench --readme": test_bench.test_the_script_shows_what_was_measured,
+    "scripts/bench --quick --repeats 5 --name 30M --readme": test_bench.test_the_script_shows_what_was_measured,
+    "scripts/bench --floor --name 30M": test_bench.test_the_script_shows_what_was_measured,
     "scripts/bench --only 135M --name 135M --readme": test_bench.test_the_script_shows_what_was_measured,
     "scripts/bench --parts": test_bench.test_the_script_shows_what_was_measured,
 }

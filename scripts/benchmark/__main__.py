@@ -120,7 +120,7 @@ class Bench:
     def measure_products(self, *, brief: bool) -> None:
         """How fast this machine multiplies matrices of the models' shapes."""
         named = [name for name in dict.fromkeys(case.shape.name for case in self.cases) if name != "tiny"] or ["tiny"]
-        before = self.data["gemm"] or {"rates": {}, "weighted": {}}
+        before = self.data["gemm"] or {"rates": {}, "weighted": {}, "floor": {}}
         missing = [name for name in named if name not in before["weighted"]]
         if not missing:
             return
@@ -137,6 +137,7 @@ class Bench:
         self.data["gemm"] = {
             "rates": results.kept_rates(before["rates"], rates),
             "weighted": before["weighted"] | weighted,
+            "floor": before.get("floor", {}) | measured_floor(missing, brief=brief),
             "response_share": share,
         }
         for name, found in weighted.items():
@@ -305,6 +306,11 @@ class Bench:
         return STARTING + factor * ideal
 
 
+def measured_floor(models: Sequence[str], *, brief: bool) -> Record:
+    """What bounds a step of each model from below on this machine (`benchmark.floor`)."""
+    return contenders.ask("benchmark.floor", {"shapes": list(models), "seconds": 0.1 if brief else 2.0})
+
+
 def lengths_of(case: Case) -> Lengths:
     """Every step has the table's means and the lengths of all others: what it needs has been touched before it."""
     step = draw(case.table, groups=case.groups, responses=case.responses, seed=plan.SEED)
@@ -345,6 +351,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--accept-load", action="store_true", help="keep runs that other processes disturb; the table then says so"
     )
+    parser.add_argument(
+        "--floor", action="store_true", help="measure what bounds a step from below, for results of this machine"
+    )
     parser.add_argument("--show", action="store_true", help="table and picture from the JSON that is there; no run")
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     return parser.parse_args(arguments)
@@ -355,7 +364,15 @@ def main(arguments: Sequence[str]) -> int:
     kind = "quick" if given.quick else "smoke" if given.smoke else "full"
     folder = WORK if given.smoke else RESULTS
     path = folder / f"{given.name or kind}.json"
-    if not given.show:
+    if given.floor and not given.show:
+        data = results.read(path)
+        if data["machine"] != machine.machine():
+            say(f"{path} is of another machine, whose rates are not to be had here")
+            return 2
+        data["gemm"]["floor"] = measured_floor(list(data["gemm"]["weighted"]), brief=kind == "smoke")
+        data["figures"] = results.figures(data)
+        results.write(path, data)
+    elif not given.show:
         make = {"quick": plan.quick, "smoke": plan.smoke, "full": plan.full}[kind]
         repeats = given.repeats or {"quick": 2, "smoke": 1, "full": 5}[kind]
         cases = [case for case in make(repeats) if given.only in case.name]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "avx_vnni")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy", "align-cli")
 # What only shows results may change without making runs anew.
-SHOWING = ("picture.py", "table.py", "results.py", "__main__.py")
+SHOWING = ("picture.py", "table.py", "results.py", "floor.py", "__main__.py")
 
 
 def machine() -> dict[str, Any]:

@@ -6,7 +6,7 @@ machine       processor, flags, memory, system
 versions      of Python and the packages that matter
 settings      models, lengths as drawn, optimizer, threads, formulas
 gate          losses and gradients of both sides in fp32
-gemm          products per second
+gemm          products per second, and what else bounds a step from below (`floor`)
 sweeps        what was tried to tune TRL
 runs          one record for each process: case, contender, round, step seconds, peak bytes, others' share, ...
 figures       medians and ratios, derived from `runs` alone by `figures`
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmark import flops, machine
+from benchmark import floor, flops, machine
 from benchmark.lengths import Lengths
 from benchmark.plan import ALIGN, COMPARED, TARGETS, UNSHARED, Case
 from benchmark.shapes import SHAPES
@@ -218,6 +218,11 @@ def _case_figures(data: Mapping[str, Any], name: str, settings: Mapping[str, Any
                 rate: typical * settings["flops_per_group"] / value
                 for rate, value in data["gemm"]["weighted"][settings["model"]].items()
             }
+        rates = data["gemm"].get("floor", {}).get(settings["model"])
+        if contender == ALIGN and rates and settings["lengths"] in rates["attention"]:
+            products = data["gemm"]["weighted"][settings["model"]]["bf16"]
+            least = floor.seconds_per_group(settings, SHAPES[settings["model"]], rates, products)
+            figure["share_of_floor"] = typical * least
         found[contender] = figure
     return found
 
@@ -248,6 +253,7 @@ def _target_figures(data: Mapping[str, Any], speeds: Mapping[str, Record]) -> li
             ceiling = settings["token_ratio"]
             speed = target.speed if target.speed is not None else 0.9 * ceiling
             share = speeds[name][ALIGN].get("share_of_gemm_rate", {}).get("bf16")
+            least = speeds[name][ALIGN].get("share_of_floor")
             found.append(
                 {
                     "case": name,
@@ -260,6 +266,7 @@ def _target_figures(data: Mapping[str, Any], speeds: Mapping[str, Record]) -> li
                     "token_ratio": ceiling if target.against == UNSHARED else None,
                     # the ratio if a step of align's were its products alone, at the machine's rate
                     "limit": told["speed"]["median"] / share if share and target.against != UNSHARED else None,
+                    "floor": told["speed"]["median"] / least if least and target.against != UNSHARED else None,
                     "reached": told["speed"]["median"] >= speed
                     and (target.memory is None or told["memory"]["median"] <= target.memory),
                     **told,

@@ -17,9 +17,9 @@ def lines(data: Mapping[str, Any]) -> list[str]:
     figures = data["figures"]
     machine, versions = data["machine"], data["versions"]
     told = [
-        "| model | against | lengths | K | groups/s ratio (min to max) | target | products alone "
+        "| model | against | lengths | K | groups/s ratio (min to max) | target | products alone | least work "
         "| peak memory ratio | target | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in figures["targets"]:
         memory = f"≤ {row['memory_target']}" if row["memory_target"] is not None else ""
@@ -28,7 +28,8 @@ def lines(data: Mapping[str, Any]) -> list[str]:
             goal += f" (90 % of {row['token_ratio']:.2f})"
         told.append(
             f"| {row['model']} | {row['against']}{' K-wise' * _expanded(row)} | {row['lengths']} | {row['responses']} "
-            f"| {_spread(row['speed'])} | {goal} | {_number(row['limit'])} | {row['memory']['median']:.2f} | {memory} "
+            f"| {_spread(row['speed'])} | {goal} | {_number(row['limit'])} | {_number(row['floor'])} "
+            f"| {row['memory']['median']:.2f} | {memory} "
             f"| {'reached' if row['reached'] else 'not reached'} |"
         )
     told += [
@@ -55,6 +56,8 @@ def lines(data: Mapping[str, Any]) -> list[str]:
     told += [
         "",
         "Products alone: the ratio if a step of align's took no longer than its products at this machine's rate. "
+        "Least work: the same with attention's products at their own rate, one exponential for each logit and "
+        "attention weight, and AdamW, each as fast as it runs alone (`scripts/benchmark/floor.py`). "
         f"Ratios are of neighbouring runs; medians over {' or '.join(map(str, rounds)) or 'no'} rounds. "
         f"{machine['processor']}, {machine['cpus']} cores, {machine['memory_gb']:.0f} GB; "
         f"threads {data['settings']['threads']}; torch {versions['torch']}, transformers {versions['transformers']}, "
