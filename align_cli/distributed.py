@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 from align_cli.errors import UserError
 
@@ -79,6 +80,8 @@ def device_type(accelerator: str) -> Literal["cuda", "cpu"]:
 def join(device: torch.device) -> None:
     """Enter the process group that the environment describes; one process makes a group of its own."""
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # DeepSpeed makes groups of its own without saying how long they wait; NCCL's ten minutes would end a run.
+    vars(distributed_c10d).update(default_pg_nccl_timeout=TIMEOUT, default_pg_timeout=TIMEOUT)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:

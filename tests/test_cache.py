@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -436,6 +437,8 @@ def as_rank(model: str, tmp_path: str) -> None:
     section = Model(name="hf", path=model, revision=None, rows="auto", head="auto", architecture=None)
     network = load_model(section, dtype=torch.float32, bits=None)
     distributed.join(CPU)
+    group: Any = torch.distributed.new_group([0, 1])  # as DeepSpeed makes its own, which waits no less long
+    assert group._get_backend(CPU).options._timeout == distributed.TIMEOUT
     for scenario in (shared_folder, folders_apart, one_disk_is_full):
         os.environ["LOCAL_RANK"] = "0" if scenario is folders_apart else os.environ["RANK"]
         inner = TorchEngine(network, CPU, manner=Manner(flat=True), optimizer=OPTIMIZER)
