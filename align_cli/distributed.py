@@ -81,7 +81,8 @@ def join(device: torch.device) -> None:
     """Enter the process group that the environment describes; one process makes a group of its own."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     # DeepSpeed makes groups of its own without saying how long they wait; NCCL's ten minutes would end a run.
-    vars(distributed_c10d).update(default_pg_nccl_timeout=TIMEOUT, default_pg_timeout=TIMEOUT)
+    for name in ("default_pg_nccl_timeout", "default_pg_timeout"):
+        setattr(distributed_c10d, name, TIMEOUT)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
