@@ -61,7 +61,7 @@ def prepare(
         origin: what decides the ratings beside prompt, N, seed and the sampler's options, as JSON.
     """
     options = {name: vars(sampler.options)[name] for name in ("temperature", "max_new_tokens", "missing_eos_penalty")}
-    told = {"origin": origin, "responses": responses, "seed": seed, "options": options, "stop": sampler.stop}
+    told = {"origin": origin, "responses": responses, "seed": seed, "options": options, "stop": sampler.ends}
     key = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
     path = kept / f"{key}.npz"
     there = distributed.gather(_read(path) if distributed.rank() == 0 else {})[0]

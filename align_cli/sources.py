@@ -153,6 +153,11 @@ class Sampler:
         self.judge([each for each in found if isinstance(each, Unrated)], of=len(found))
         return [each for each in found if isinstance(each, Group)]
 
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a response, the template's first."""
+        return list(dict.fromkeys([self.stop, *stops(self.engine.network, self.tokenizer)]))
+
     def judge(self, bad: Sequence[Unrated], *, of: int) -> None:
         """Stop where more than `source.bad_ratings` of so many prompts are unrated, and warn of the first.
 
@@ -184,7 +189,7 @@ class Sampler:
         ranks = 1 if self.engine.collective else distributed.world()
         rank = distributed.rank() % ranks
         share = prompts[rank::ranks]
-        eos_ids = list(dict.fromkeys([self.stop, *stops(self.engine.network, self.tokenizer)]))
+        eos_ids = self.ends
         begun = time.perf_counter()
         drawn = dict(
             sample(

@@ -181,6 +181,18 @@ def test_baselines_are_kept_even_where_too_many_prompts_have_none(model: Path, t
     assert "2 found, 1 to draw" in said[-1]
 
 
+def test_baselines_that_ended_elsewhere_are_not_taken(model: Path, tmp_path: Path) -> None:
+    asked, said = prompts(model, "1+2="), list[str]()
+    named: Any = {"responses": 2, "seed": 0, "origin": "", "say": said.append, "kept": tmp_path}
+    plain, more = sampler(model), sampler(model)
+    settings: Any = more.engine.network.generation_config
+    settings.eos_token_id = [*plain.ends, 7]
+    for each in (plain, plain, more):
+        baselines.prepare(each, asked, **named)
+    drawn, found = "0 found, 1 to draw", "1 found, 0 to draw"
+    assert [line.partition("prompts: ")[2] for line in said] == [drawn, found, drawn]
+
+
 def failing(prompt: str, response: str) -> float:
     """1 where a response begins with a low digit; fails on prompts that begin with 1."""
     return float(response[:1] in "01234") / (not prompt.startswith("1"))
