@@ -376,6 +376,9 @@ def test_fdpg_moves_the_policy_towards_its_target(model: Path, rows: Path, tmp_p
     assert 0 <= found["eval/before/diversity/self_bleu"] <= 1
     lines = read_metrics(tmp_path / "run")
     assert {"rollout/score", "rollout/kl", "rollout/entropy", "divergence/log_z"} <= lines[-1].keys()
+    # Z is the mean over 25 steps of 8 prompts and those of the evaluation, four samples each, and none is below 0
+    own = found["eval/after/divergence/log_z"] - lines[-1]["divergence/log_z"]
+    assert own >= math.log(25 * 8 / (25 * 8 + 6)) - 1e-5
     for line in lines:  # it is infinite where any sample of the step is excluded
         assert ("divergence/reverse_kl" in line) == (line["divergence/excluded"] == 0)
 
