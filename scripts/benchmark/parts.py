@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--models", default="30M,135M", metavar="NAMES", help="of models (30M,135M)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="processes of each case (5)")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="steps of each kind in a process (3)")
+    parser.add_argument("--name", default="parts", help="of the results (parts)")
     parser.add_argument(
         "--show", action="store_true", help="the table from the JSON that is there; nothing is measured"
     )
@@ -52,8 +53,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
+    path = RESULTS / f"{given.name}.json"
     if given.show:
-        say("\n".join(lines(results.read(RESULTS / "parts.json"))))
+        say("\n".join(lines(results.read(path))))
         return 0
     cases = [
         case
@@ -75,11 +77,11 @@ def main(arguments: Sequence[str]) -> int:
             found = contenders.ask("benchmark.parts", job_of(case, given.pairs, number))
             data["steps"].append({"case": case.name, "round": number} | found)
             data["figures"] = figures(data)
-            results.write(RESULTS / "parts.json", data)
+            results.write(path, data)
             told = data["figures"][case.name]["ratio"]
             say(f"{case.name}, round {number + 1} of {given.repeats}: {told['median']:.3f}")
     data["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    results.write(RESULTS / "parts.json", data)
+    results.write(path, data)
     say("\n".join(lines(data)))
     return 0
 
