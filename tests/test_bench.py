@@ -458,6 +458,25 @@ def test_the_project_readme_has_a_place_for_each_table(name: str) -> None:
     assert told.index(begin) < told.index(end)
 
 
+def test_the_readme_s_table_of_sharing_is_what_was_measured() -> None:
+    told = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("What sharing prompts")[2]
+    rows = [
+        line.strip("| ").split(" | ") for line in told.splitlines() if re.match(r"\| [\w-]+[ \w-]* \| [24] \|", line)
+    ]
+    assert len(rows) == 6
+    found = {
+        model: json.loads((bench.RESULTS / f"{name}.json").read_text(encoding="utf-8"))["figures"]
+        for model, name in (("30M", "parts"), ("135M", "parts-135M"))
+    }
+    for lengths, responses, ratio_of_tokens, *of_models in rows:
+        for model, (ratio, operations) in zip(found, (of_models[:2], of_models[2:]), strict=True):
+            case = found[model].get(f"{model}, {lengths}, K = {responses} [sharing]")
+            assert (case is None) == (ratio == "not measured")
+            if case is not None:
+                means = [case["token_ratio"], case["ratio"]["median"], case["operation_ratio"]]
+                assert [ratio_of_tokens, ratio, operations] == [f"{mean:.2f}" for mean in means]
+
+
 def test_the_script_shows_what_was_measured(tmp_path: Path) -> None:
     """The README's lines, on what is in their JSON already; its table is the one that they write."""
     root = Path(__file__).parents[1]
