@@ -458,6 +458,16 @@ def test_the_project_readme_has_a_place_for_each_table(name: str) -> None:
     assert told.index(begin) < told.index(end)
 
 
+def test_what_the_readme_says_in_short_is_the_range_of_its_tables() -> None:
+    told = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [row for name in TABLED for row in results.read(bench.RESULTS / f"{name}.json")["figures"]["targets"]]
+    speeds = {who: [row["speed"]["median"] for row in rows if row["against"] == who] for who in (SHIPPED, TUNED)}
+    memory = [row["memory"]["median"] for row in rows if row["against"] in speeds]
+    shipped, tuned = (f"{min(found):.1f} to {max(found):.1f} times" for found in speeds.values())
+    short = f"In short: {shipped} the groups per second of TRL as shipped and {tuned} those of TRL tuned, in "
+    assert f"{short}{min(memory):.2f} to {max(memory):.2f} of its memory" in " ".join(told.split())
+
+
 def test_the_readme_s_table_of_sharing_is_what_was_measured() -> None:
     told = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("What sharing prompts")[2]
     rows = [
