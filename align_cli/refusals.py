@@ -21,6 +21,8 @@ PROBABILITIES = ("pointwise", "classifier")
 """Targets that weigh a response by its rating."""
 OF_RESPONSES = ("leave_one_out", "group")
 """Advantages that a response has as a whole, from the prompt's other responses."""
+OF_TOKENS = ("gae", "greedy", "to_go")
+"""Advantages that each token has for itself; what a plugin's are, its author knows."""
 CANCELLING = (*OF_RESPONSES, "greedy")
 """Advantages that stay as they are when all ratings of a prompt are shifted."""
 
@@ -205,7 +207,7 @@ def _of_advantages(tree: Tree, asked: list[str]) -> list[str]:
         problems.append(f"algo={algorithm} advantage={advantage}: its critic learns from advantage=gae.")
     if "returns" not in asked and advantage == "gae":
         problems.append(f"algo={algorithm} advantage=gae: {algorithm} has no critic; algo=ppo has.")
-    if "policy" in asked and advantage not in OF_RESPONSES:
+    if "policy" in asked and advantage in OF_TOKENS:
         problems.append(
             f"algo={algorithm} advantage={advantage}: {algorithm} takes one advantage for a whole response, as "
             "advantage=leave_one_out and group give. algo=reinforce_pp and remax take one for each token."
