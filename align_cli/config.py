@@ -199,7 +199,14 @@ def group_names(config_dirs: Sequence[str] = ()) -> dict[str, list[str]]:
     """Each group of `conf/` with its choices, here and in more folders."""
     known = sorted(path.name for path in paths.conf().iterdir() if path.is_dir())
     roots = [paths.conf(), *map(Path, config_dirs)]
-    return {group: sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")}) for group in known}
+    found = {group: sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")}) for group in known}
+    found["scorer"] = [name for name in found["scorer"] if not is_example(name)]
+    return found
+
+
+def is_example(scorer: str) -> bool:
+    """Whether a scorer is what an algorithm has by itself on a model and data, `ALGO-MODEL-DATA`, and no choice."""
+    return scorer.count("-") >= 2 and (paths.conf() / "algo" / f"{scorer.partition('-')[0]}.yaml").is_file()
 
 
 def refuse_code(overrides: Sequence[str]) -> None:

@@ -293,8 +293,8 @@ def _find(
 
 
 def _programs() -> list[str]:
-    """The scorers that are functions of texts, without those that an example brings under its own name."""
-    return [name for name in config.group_names()["scorer"] if "-" not in name and name not in RATERS]
+    """The scorers that are functions of texts."""
+    return [name for name in config.group_names()["scorer"] if name not in RATERS]
 
 
 def _features(node: Any, problems: list[str]) -> dict[str, Feature]:

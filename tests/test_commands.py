@@ -28,6 +28,9 @@ def test_ls_of_a_group_says_what_each_choice_is(capsys: pytest.CaptureFixture[st
         assert "NCA: Noise Contrastive Alignment." in capsys.readouterr().out
     with pytest.raises(UserError, match="did you mean model"):
         listing.main(["ls", "modle"])
+    assert listing.main(["ls", "scorer"]) == 0  # without what an example brings: it comes by itself
+    told = capsys.readouterr().out
+    assert "noisy_addition" in told and "tiny-toy" not in told
 
 
 @pytest.mark.parametrize("name", ["algo/nca", "nca", "algo=nca", "algo/nca.yaml"])

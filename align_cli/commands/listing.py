@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from align_cli import paths, recipe, results, terminal
+from align_cli import config, paths, recipe, results, terminal
 from align_cli.commands.arguments import Parser
 from align_cli.errors import UserError
 from align_cli.rundir import CONFIG, flatten, holder, read_config, read_summary
@@ -129,7 +129,7 @@ def ls(arguments: argparse.Namespace) -> int:
             return 0
         print_table(["run", *_CHOSEN, *_FIGURES, "status"], rows)
         return 0
-    entries = catalogue()
+    entries = {entry: path for entry, path in catalogue().items() if not _example(entry)}
     groups = sorted({entry.partition("/")[0] for entry in entries if "/" in entry} | {RECIPES})
     if arguments.what is None:
         rows = [
@@ -157,6 +157,11 @@ def ls(arguments: argparse.Namespace) -> int:
         return 0
     print_table([wanted, "what it is"], rows)
     return 0
+
+
+def _example(entry: str) -> bool:
+    group, _, name = entry.partition("/")
+    return group == "scorer" and config.is_example(name)
 
 
 def show(arguments: argparse.Namespace) -> int:
