@@ -6,10 +6,10 @@ writes all weights and moments. The floor is the sum of these four, each as fast
 Norms, rotations, sums, the second exponential of what was not kept, and all moving of memory between are left out.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from benchmark.flops import best
 from benchmark.lengths import TABLES, Table
 from benchmark.shapes import SHAPES, Shape
 
@@ -101,18 +101,6 @@ def optimizer_rate(shape: Shape, seconds: float) -> float:
     weights.grad = torch.ones_like(weights)
     optimizer = torch.optim.AdamW([weights], lr=1e-6, fused=True)
     return shape.weights / best(optimizer.step, seconds)
-
-
-def best(once: Callable[[], object], seconds: float) -> float:
-    """The shortest time of a call."""
-    once()
-    found, begun, done = float("inf"), time.perf_counter(), 0
-    while done < 3 or time.perf_counter() - begun < seconds:
-        start = time.perf_counter()
-        once()
-        found = min(found, time.perf_counter() - start)
-        done += 1
-    return found
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ response the first two are those of K sequences of P + R_k tokens; the head's is
 rotations and softmaxes are not counted, though they take time.
 """
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -93,8 +95,6 @@ def measure_rates(shapes: list[Shape], *, tokens: int, seconds: float, square: i
 
 def product_rate(tokens: int, columns: int, rows: int, dtype: Any, seconds: float) -> float:
     """Operations per second of a linear layer's three products: output, gradient of the input, of the weight."""
-    import time
-
     import torch
 
     data, weight = torch.randn(tokens, columns).to(dtype), torch.randn(rows, columns).to(dtype)
@@ -105,14 +105,19 @@ def product_rate(tokens: int, columns: int, rows: int, dtype: Any, seconds: floa
         torch.mm(slope, weight)
         torch.mm(slope.T, data)
 
+    return 6 * tokens * columns * rows / best(once, seconds)
+
+
+def best(once: Callable[[], object], seconds: float) -> float:
+    """The shortest time of a call, of as many as fit into so many seconds, at least three."""
     once()
-    best, begun, done = float("inf"), time.perf_counter(), 0
+    found, begun, done = float("inf"), time.perf_counter(), 0
     while done < 3 or time.perf_counter() - begun < seconds:
         start = time.perf_counter()
         once()
-        best = min(best, time.perf_counter() - start)
+        found = min(found, time.perf_counter() - start)
         done += 1
-    return 6 * tokens * columns * rows / best
+    return found
 
 
 if __name__ == "__main__":

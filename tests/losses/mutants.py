@@ -41,3 +41,10 @@ RATIO = [
     ("advantages, clip=clip", "advantages, clip=1e9"),
     ("clipped(ratio", "-clipped(ratio"),
 ]
+SOFT_LABELS = [
+    ("rewards / alpha", "rewards * alpha"),
+    ("rewards / alpha", "rewards"),
+    ("rewards / alpha", "-rewards / alpha"),
+    ("softmax(rewards / alpha, dim=-1)", "softmax(rewards / alpha, dim=0)"),
+    ("softmax(rewards / alpha, dim=-1)", "(rewards / alpha).exp()"),
+]

@@ -3,7 +3,7 @@ from types import ModuleType
 
 import torch
 from loss_columns import NO_REWARD, as_reals, gradient, one_pair
-from mutants import LOG_RATIO, REWARDED
+from mutants import LOG_RATIO, REWARDED, SOFT_LABELS
 from torch.testing import assert_close
 
 from align_cli.losses.dpo import dpo
@@ -12,11 +12,7 @@ from align_cli.verify.batches import random_columns
 MUTANTS = [
     *LOG_RATIO,
     *REWARDED,
-    ("rewards / alpha", "rewards * alpha"),
-    ("rewards / alpha", "rewards"),
-    ("rewards / alpha", "-rewards / alpha"),
-    ("softmax(rewards / alpha, dim=-1)", "softmax(rewards / alpha, dim=0)"),
-    ("softmax(rewards / alpha, dim=-1)", "(rewards / alpha).exp()"),
+    *SOFT_LABELS,
     ("log_softmax(score, dim=-1)", "log_softmax(score, dim=0)"),
     ("log_softmax(score, dim=-1)", "score"),
     ("-(target", "(target"),

@@ -3,7 +3,7 @@ from types import ModuleType
 
 import torch
 from loss_columns import NO_REWARD, as_reals, gradient
-from mutants import LOG_RATIO, REWARDED
+from mutants import LOG_RATIO, REWARDED, SOFT_LABELS
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
@@ -12,11 +12,7 @@ from align_cli.verify.batches import random_columns
 MUTANTS = [
     *LOG_RATIO,
     *REWARDED,
-    ("rewards / alpha", "rewards * alpha"),
-    ("rewards / alpha", "rewards"),
-    ("rewards / alpha", "-rewards / alpha"),
-    ("softmax(rewards / alpha, dim=-1)", "softmax(rewards / alpha, dim=0)"),
-    ("softmax(rewards / alpha, dim=-1)", "(rewards / alpha).exp()"),
+    *SOFT_LABELS,
     ("softmax(rewards / alpha, dim=-1)", "softmax(rewards / alpha, dim=-1).sqrt()"),
     ("-(target", "(target"),
     ("(target * logsigmoid(score)).sum(-1)", "(target * logsigmoid(score)).mean(-1)"),
