@@ -9,7 +9,8 @@ import small_runs
 import torch
 from forks import Forked, Forks
 
-from align_cli import judges, reproduction
+from align_cli import judges
+from align_cli.reproduction import jobs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,7 +73,7 @@ def forked(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...
         started.append(arguments)
         return Forked(forks, arguments, log)
 
-    monkeypatch.setattr(reproduction, "_process", process)
+    monkeypatch.setattr(jobs, "_process", process)
     return started
 
 

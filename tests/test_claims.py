@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from align_cli.claims import Range, judge, slope
+from align_cli.reproduction.claims import Range, judge, slope
 
 BELOW_0 = Range(-math.inf, 0.0, True)
 WITHIN = Range(1.0, 3.0, False)

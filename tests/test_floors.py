@@ -51,7 +51,6 @@ FLOORS = (
         "precision",
         "diversity",
         "statistics",
-        "claims",
         "rundir",
         "sandbox",
         "responses",
@@ -82,7 +81,7 @@ FLOORS = (
         "verify",
         "exits",
     ),
-    ("launch", "worker", "sweep", "recipe", "shrink", "reproduction", "reproduction_page", "cli", "commands"),
+    ("launch", "worker", "sweep", "reproduction", "cli", "commands"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 

@@ -28,10 +28,11 @@ from readme_stage import README, TRAINED, WORLD
 from scripted_judge import Request, scripted
 from small_runs import align
 
-from align_cli import config, exits, judges, recipe, rundir, sandbox, sweep
+from align_cli import config, exits, judges, rundir, sandbox, sweep
 from align_cli.commands import COMMANDS
 from align_cli.errors import UserError
-from align_cli.recipe import Recipe
+from align_cli.reproduction import loading
+from align_cli.reproduction.recipe import Recipe, merged
 from align_cli.sandbox import Code
 from align_cli.verify import examine
 from align_cli.verify.checks import Check
@@ -136,9 +137,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forks: Forks, forked:
         for number, subject in enumerate(given):
             yield subject, examine.examine(subject, dirs, tmp_path / "verify" / str(number))
 
-    plain = recipe.load
+    plain = loading.load
     monkeypatch.setattr(sweep, "_run", lambda given, config_dirs: (forks.run("train", *given), False))
-    monkeypatch.setattr(recipe, "load", lambda name: shortened(plain(name)))
+    monkeypatch.setattr(loading, "load", lambda name: shortened(plain(name)))
     monkeypatch.setattr(examine, "examine_all", examined)
 
 
@@ -146,7 +147,7 @@ def shortened(loaded: Recipe) -> Recipe:
     """A recipe whose runs at scale tiny make one step in a small world."""
     tiny = loaded.scales["tiny"]
     more = [*WORLD.split(), *TRAINED.split()]
-    runs = tuple(replace(run, overrides=tuple(recipe.merged([*run.overrides, *more]))) for run in tiny.runs)
+    runs = tuple(replace(run, overrides=tuple(merged([*run.overrides, *more]))) for run in tiny.runs)
     return replace(loaded, scales={**loaded.scales, "tiny": replace(tiny, runs=runs)})
 
 

@@ -10,9 +10,11 @@ import pytest
 import small_runs
 import yaml
 
-from align_cli import config, evals, paths, reading, recipe, summaries
+from align_cli import config, evals, paths, reading, summaries
 from align_cli.commands import plan, reproducing
 from align_cli.errors import UserError
+from align_cli.reproduction import composing, loading
+from align_cli.reproduction.recipe import SCALES
 
 SCALE: dict[str, Any] = {
     "cost": "unknown",
@@ -64,21 +66,21 @@ def write(tmp_path: Path) -> Write:
 def refused(name: str, scale: str = "tiny") -> list[str]:
     """What is said of a recipe that is wrong, without its path in front of each line."""
     with pytest.raises(UserError) as error:
-        recipe.composed(recipe.load(name), scale)
+        composing.composed(loading.load(name), scale)
     lines = str(error.value).splitlines()
     assert all(line.startswith(name) for line in lines)
     return [re.sub(r"^:?\s*", "", line.removeprefix(name)) for line in lines]
 
 
 def test_there_is_a_recipe() -> None:
-    assert "nca/figure5" in recipe.names()
+    assert "nca/figure5" in loading.names()
 
 
-@pytest.mark.parametrize("scale", recipe.SCALES)
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", loading.names())
 def test_every_recipe_composes_and_plans_at_both_scales(name: str, scale: str) -> None:
-    loaded = recipe.load(name)
-    found = recipe.composed(loaded, scale)
+    loaded = loading.load(name)
+    found = composing.composed(loaded, scale)
     assert found.keys() == {run.name for run in loaded.scales[scale].runs}
     reproducing.refuse_evaluations(loaded, loaded.scales[scale], ())
     for checked in found.values():
@@ -86,21 +88,21 @@ def test_every_recipe_composes_and_plans_at_both_scales(name: str, scale: str) -
         assert re.match(r"\d+ rank", reproducing.memory_line(checked))
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", loading.names())
 def test_every_recipe_is_expected_to_show_something_on_a_small_scale(name: str) -> None:
-    loaded = recipe.load(name)
+    loaded = loading.load(name)
     assert any(each.at("tiny") for each in loaded.expect)
     assert loaded.scales["tiny"].seeds >= 5 or all(each.kind == "exact" for each in loaded.expect if each.at("tiny"))
 
 
 def test_a_recipe_of_one_s_own_is_a_file(write: Write) -> None:
-    loaded = recipe.load(write())
+    loaded = loading.load(write())
     assert [run.name for run in loaded.scales["tiny"].runs] == ["dpo", "nca[algo.beta=0.1]", "nca[algo.beta=1]"]
     assert loaded.scales["tiny"].runs[1].overrides[-1] == "algo.beta=0.1"
     with pytest.raises(UserError, match=r"absent\.yaml: there is no such file"):
-        recipe.load("absent.yaml")
+        loading.load("absent.yaml")
     with pytest.raises(UserError, match="Did you mean 'nca/figure6'"):
-        recipe.load("nca/figure6a")
+        loading.load("nca/figure6a")
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -172,12 +174,12 @@ def test_a_file_that_is_no_recipe_is_refused(text: str, told: str, tmp_path: Pat
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=told):
-        recipe.load(str(path))
+        loading.load(str(path))
 
 
 def test_a_run_reads_the_directory_of_another_with_the_same_seed(write: Write) -> None:
     runs = {"sft": ["algo=sft"], "dpo": ["algo=dpo", "model.path=<sft>/model"]}
-    loaded = recipe.load(write(scales__tiny__runs=runs, scales__paper__runs=runs))
+    loaded = loading.load(write(scales__tiny__runs=runs, scales__paper__runs=runs))
     _, dpo = loaded.scales["tiny"].runs
     assert dpo.needs == ["sft"]
     given = dpo.placed(3, {"sft": Path("there/it's/seed=3")}, Path("here"))
@@ -187,9 +189,9 @@ def test_a_run_reads_the_directory_of_another_with_the_same_seed(write: Write) -
 
 
 def test_what_a_run_overrides_comes_after_what_is_common(write: Write) -> None:
-    loaded = recipe.load(write(scales__tiny__runs__dpo=["algo=dpo", "model.path=y"]))
+    loaded = loading.load(write(scales__tiny__runs__dpo=["algo=dpo", "model.path=y"]))
     assert loaded.scales["tiny"].runs[0].overrides.count("model.path=x") == 0
-    assert recipe.composed(loaded, "tiny")["dpo"].model.path == "y"
+    assert composing.composed(loaded, "tiny")["dpo"].model.path == "y"
 
 
 # --- what a run writes
@@ -225,7 +227,7 @@ def test_the_figures_that_a_run_can_write_are_those_that_it_writes(
 
 
 def test_recipes_are_listed_without_anything_heavy() -> None:
-    assert all(recipe.title(path) != "no title" for path in recipe.names().values())
+    assert all(loading.title(path) != "no title" for path in loading.names().values())
     assert paths.recipes().is_dir()
 
 
@@ -233,8 +235,8 @@ def test_claims_on_evaluations_name_figures_that_their_runners_write() -> None:
     """Beside lm-eval's, whose names are its tasks'."""
     source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(evals.__file__).parent.glob("*.py")))
     named: set[tuple[str, str]] = set()
-    for loaded in map(recipe.load, recipe.names()):
-        choices = {choice for scale in loaded.scales.values() for choice in recipe.evaluations(scale)}
+    for loaded in map(loading.load, loading.names()):
+        choices = {choice for scale in loaded.scales.values() for choice in scale.evaluations}
         for figure in {name for each in loaded.expect for name in each.figures}:
             first, *rest = figure.split("/")
             if first == "eval" and rest[0] in choices:

@@ -16,11 +16,14 @@ import torch
 import yaml
 from small_runs import SETTINGS, align
 
-from align_cli import config, exits, recipe, reproduction, rundir, terminal
-from align_cli.claims import Range
+from align_cli import config, exits, rundir, terminal
 from align_cli.errors import UserError
-from align_cli.recipe import Expectation
-from align_cli.reproduction import Job, judge
+from align_cli.reproduction import jobs, loading
+from align_cli.reproduction.claims import Range
+from align_cli.reproduction.jobs import Job
+from align_cli.reproduction.judging import judge
+from align_cli.reproduction.recipe import SCALES, Expectation
+from align_cli.reproduction.record import RESULTS
 
 CLAIM = {"kind": "ours", "source": "here", "scale": "both"}
 EXACT = {**CLAIM, "kind": "exact"}
@@ -64,7 +67,7 @@ def written(tiny_model: Path, ragged_file: Path, tmp_path: Path, monkeypatch: py
 
 def results() -> dict[str, Any]:
     """What was written."""
-    return json.loads(Path("out", recipe.RESULTS).read_text())
+    return json.loads(Path("out", RESULTS).read_text())
 
 
 def reproduce(*more: str) -> int:
@@ -76,14 +79,14 @@ def test_a_recipe_is_run_side_by_side_judged_and_found_again(
     written: Path, forked: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most: list[int] = []
-    plain = reproduction._started
+    plain = jobs._started
 
     def noted(*given: Any) -> Any:
         running = plain(*given)
         most.append(running.slot)
         return running
 
-    monkeypatch.setattr(reproduction, "_started", noted)
+    monkeypatch.setattr(jobs, "_started", noted)
     assert reproduce("jobs=2") == exits.DONE
     told = capsys.readouterr()
     assert set(most) == {0, 1} and len(forked) == 4
@@ -168,19 +171,19 @@ def test_what_needs_a_job_that_was_stopped_by_itself_is_not_started(
         def poll(self) -> int:
             return self.returncode
 
-    monkeypatch.setattr(reproduction, "_process", lambda *given: Stopped())
+    monkeypatch.setattr(jobs, "_process", lambda *given: Stopped())
     one, two = tmp_path / "one", tmp_path / "two"
-    jobs = [
+    planned = [
         Job("one", 0, one, (("train",),), (), 1, lambda: False),
         Job("two", 0, two, (("train",),), (one,), 1, lambda: False),
     ]
-    assert reproduction.run(jobs, tmp_path, room=2, say=terminal.silent) == {one: "stopped", two: "not started"}
+    assert jobs.run(planned, tmp_path, room=2, say=terminal.silent) == {one: "stopped", two: "not started"}
 
 
 def test_a_job_s_process_speaks_into_its_log(tmp_path: Path) -> None:
-    process = reproduction._process(["train", "algo=nothing"], dict(os.environ), tmp_path / "log")
+    process = jobs._process(["train", "algo=nothing"], dict(os.environ), tmp_path / "log")
     assert process.wait() == exits.USER
-    assert "algo=nothing: no such choice" in reproduction._last_words(tmp_path / "log", exits.USER)
+    assert "algo=nothing: no such choice" in jobs._last_words(tmp_path / "log", exits.USER)
 
 
 def test_a_folder_with_other_runs_is_left_alone(
@@ -253,7 +256,7 @@ def test_every_job_of_a_recipe_finds_the_parts_of_a_plugin(
     assert json.loads(Path("out/study/seed=0.json").read_text())["figures"] == {"half": 1.5}
 
 
-@pytest.mark.parametrize("scale", recipe.SCALES)
+@pytest.mark.parametrize("scale", SCALES)
 def test_a_plan_prints_the_commands_and_starts_nothing(
     scale: str,
     forked: list[tuple[str, ...]],
@@ -294,7 +297,7 @@ def test_the_list_names_every_recipe(
     monkeypatch.setenv("COLUMNS", "300")
     assert align("reproduce", "--list") == exits.DONE
     told = capsys.readouterr().out
-    assert all(name in told for name in recipe.names()) and "refused" not in told
+    assert all(name in told for name in loading.names()) and "refused" not in told
 
 
 # --- judging
@@ -350,18 +353,18 @@ def test_a_study_s_figures_have_the_run_in_their_name() -> None:
 
 
 def test_jobs_side_by_side_have_gpus_of_their_own() -> None:
-    assert reproduction.gpus(0, 2, "4,5,6,7") == ["4", "5"]
-    assert reproduction.gpus(2, 2, "4,5,6,7") == ["6", "7"]
+    assert jobs.gpus(0, 2, "4,5,6,7") == ["4", "5"]
+    assert jobs.gpus(2, 2, "4,5,6,7") == ["6", "7"]
 
 
 def test_jobs_without_gpus_of_their_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     planned = [Job("one", 0, Path("one"), (), (), ranks, lambda: False) for ranks in (1, 2)]
-    assert reproduction.side_by_side(planned) == reproduction.side_by_side(planned, 2) == 2
+    assert jobs.side_by_side(planned) == jobs.side_by_side(planned, 2) == 2
     with pytest.raises(UserError, match="jobs=3: PyTorch sees GPUs for 2 at a time"):
-        reproduction.side_by_side(planned, 3)
+        jobs.side_by_side(planned, 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert reproduction.side_by_side(planned, 3) == 3
+    assert jobs.side_by_side(planned, 3) == 3
 
 
 # --- a recipe for many GPUs in small
@@ -377,9 +380,9 @@ def test_a_recipe_of_each_paper_runs_in_small_from_end_to_end(
     """
     given = ["reproduce", name, "scale=paper", f"shrink={few_rows}", f"dir={tmp_path}", "jobs=2"]
     assert align(*given) == exits.DONE, capsys.readouterr().err
-    told = json.loads((tmp_path / recipe.RESULTS).read_text())
+    told = json.loads((tmp_path / RESULTS).read_text())
     assert told["shrunken"] and {each["verdict"] for each in told["expectations"]} == {"undecided"}
-    assert len(forked) == len(recipe.load(name).scales["paper"].runs)
+    assert len(forked) == len(loading.load(name).scales["paper"].runs)
     assert (tmp_path / "report.html").is_file()
 
 
@@ -436,7 +439,7 @@ def published(folder: Path, **changes: Any) -> Path:
         **changes,
     }
     folder.mkdir(exist_ok=True)
-    (folder / recipe.RESULTS).write_text(json.dumps(told))
+    (folder / RESULTS).write_text(json.dumps(told))
     return folder
 
 

@@ -5,10 +5,11 @@ import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
-from align_cli import exits, recipe, terminal
+from align_cli import exits, terminal
 from align_cli.commands import COMMANDS
 from align_cli.config import group_names
 from align_cli.errors import UserError
+from align_cli.reproduction import loading, recipe
 
 BASH = """_align_completion() {
     COMPREPLY=($(COMP_LINE="${COMP_LINE:0:$COMP_POINT}" align -sc query=bash))
@@ -47,7 +48,7 @@ def complete(line: str) -> list[str]:
         return [name for name in ("ls", "verify", "gc") if len(before) == 2 and name.startswith(word)]
     groups = group_names()
     if command in ("show", "cp", "ls"):
-        known = {**groups, "recipes": list(recipe.names())}
+        known = {**groups, "recipes": list(loading.names())}
         names = list(known) if command == "ls" else [f"{g}/{o}" for g, options in known.items() for o in options]
         return [name for name in names if name.startswith(word)]
     if command in PLAIN:
@@ -90,7 +91,7 @@ def of_reproduce(word: str) -> list[str]:
     from align_cli.commands import reproduce
 
     scales = [f"scale={name}" for name in recipe.SCALES] if word.startswith("scale=") else []
-    return [*recipe.names(), *(f"{key}=" for key in reproduce.KEYS), *scales, *reproduce.FLAGS]
+    return [*loading.names(), *(f"{key}=" for key in reproduce.KEYS), *scales, *reproduce.FLAGS]
 
 
 def of_study(word: str) -> list[str]:

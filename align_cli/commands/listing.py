@@ -8,9 +8,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from align_cli import config, paths, recipe, results, terminal
+from align_cli import config, paths, results, terminal
 from align_cli.commands.arguments import Parser
 from align_cli.errors import UserError
+from align_cli.reproduction import loading
 from align_cli.rundir import CONFIG, flatten, holder, read_config, read_summary
 
 RECIPES = "recipes"
@@ -54,7 +55,7 @@ def find(name: str) -> tuple[str, Path]:
 def title(entry: str, path: Path) -> str:
     """What a YAML says of itself: a recipe's title, else its comment lines at the top, without Hydra's directive."""
     if entry.startswith(f"{RECIPES}/"):
-        return recipe.title(path)
+        return loading.title(path)
     comment: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

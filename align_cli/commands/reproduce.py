@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_cli import config, exits, recipe, secrets, terminal
+from align_cli import config, exits, secrets, terminal
 from align_cli.commands.arguments import FOLDERS, NEEDS, PLUGINS, folders_of
 from align_cli.commands.listing import print_table
 from align_cli.errors import UserError
-from align_cli.recipe import RESULTS, SCALES
+from align_cli.reproduction import loading, record
+from align_cli.reproduction.recipe import SCALES
 
 USAGE = "align reproduce NAME|FILE [scale=tiny|paper] [seeds=N] [jobs=N] [dir=DIR] [shrink=ROWS] [--plan] [--json]"
 HELP = (
@@ -115,9 +116,9 @@ def _count(key: str, value: str, problems: list[str]) -> int | None:
 def listed() -> int:
     """All recipes, what they cost at scale tiny, and their last verdicts."""
     rows: list[list[str]] = []
-    for name, path in recipe.names().items():
+    for name, path in loading.names().items():
         try:
-            loaded = recipe.load(name)
+            loaded = loading.load(name)
         except UserError as error:
             rows.append([name, "", "", f"refused: {error}"])
             continue
@@ -128,10 +129,10 @@ def listed() -> int:
 
 def last_verdict(name: str, path: Path) -> str:
     """How many claims had which verdict at scale tiny, here or where the committed results were made."""
-    here, shipped = HOME / f"{name}-tiny" / RESULTS, path.with_suffix(".results.json")
+    here, shipped = HOME / f"{name}-tiny" / record.RESULTS, path.with_suffix(".results.json")
     for file, where in ((here, "here"), (shipped, "published")):
         try:
-            told = recipe.results(file)
+            told = record.read(file)
         except UserError as error:
             return str(error)
         if told is not None:

@@ -4,15 +4,18 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from align_cli import config, exits, recipe, reproduction, reproduction_page, resources, rundir, shrink, terminal
+from align_cli import config, exits, resources, rundir, terminal
 from align_cli.commands import evaluate, plan
 from align_cli.commands.arguments import FOLDERS
 from align_cli.commands.listing import print_table
 from align_cli.commands.reproduce import Asked
 from align_cli.errors import UserError
 from align_cli.experiment import Experiment
-from align_cli.recipe import RESULTS
-from align_cli.reproduction import Job, Outcome, Reproduction
+from align_cli.reproduction import composing, jobs, judging, loading, page, record, shrink
+from align_cli.reproduction.jobs import Job, Reproduction
+from align_cli.reproduction.judging import Outcome
+from align_cli.reproduction.recipe import Recipe, Scale, evaluation
+from align_cli.reproduction.record import RESULTS
 
 
 def reproduce(asked: Asked, name: str, home: Path) -> int:
@@ -26,22 +29,23 @@ def reproduce(asked: Asked, name: str, home: Path) -> int:
         The exit code.
     """
     told = described(asked, name, home)
-    planned = reproduction.jobs(told)
+    planned = jobs.jobs(told)
     if "--plan" in asked.flags:
         return show_plan(told, planned)
     begun = time.monotonic()
     with rundir.lock(told.folder, "dir"):
-        before = recipe.results(told.folder / RESULTS)
-        room = reproduction.side_by_side(planned, asked.jobs)
+        before = record.read(told.folder / RESULTS)
+        room = jobs.side_by_side(planned, asked.jobs)
         terminal.say(
             f"{told.recipe.name}, scale={told.scale.name}: {len(planned)} jobs, {room} at a time; {told.folder}"
         )
-        states = reproduction.run(planned, told.folder, room=room, say=terminal.say)
-        found = reproduction.outcomes(told, planned, states)
+        states = jobs.run(planned, told.folder, room=room, say=terminal.say)
+        figures = judging.figures(told)
+        found = judging.outcomes(told, planned, states, figures)
         seconds = time.monotonic() - begun + (before["seconds"] if before else 0.0)
-        results = reproduction.results(told, planned, states, found, seconds)
-        reproduction.write(told.folder, results)
-        where = reproduction_page.write(told, planned, found, results)
+        results = record.made(told, planned, states, figures, found, seconds)
+        record.write(told.folder, results)
+        where = page.write(told, planned, found, results)
     if "--json" in asked.flags:
         terminal.result((told.folder / RESULTS).read_text(encoding="utf-8").rstrip())
     else:
@@ -64,7 +68,7 @@ def described(asked: Asked, name: str, home: Path) -> Reproduction:
     Raises:
         UserError: the recipe is wrong.
     """
-    loaded = recipe.load(name)
+    loaded = loading.load(name)
     scale = loaded.scales[asked.scale]
     refuse_evaluations(loaded, scale, asked.config_dirs)
     seeds = tuple(range(asked.seeds or scale.seeds))
@@ -73,20 +77,20 @@ def described(asked: Asked, name: str, home: Path) -> Reproduction:
     if asked.shrink is not None:
         loaded, seeds = _shrunken(loaded, asked, folder), (0,)
         scale = loaded.scales[asked.scale]
-        made = recipe.experiments(loaded, asked.scale, asked.config_dirs)
+        made = composing.experiments(loaded, asked.scale, asked.config_dirs)
     return Reproduction(
         recipe=loaded,
         scale=scale,
         seeds=seeds,
         folder=folder,
         shared=None if asked.folder or asked.shrink else home / "runs",
-        experiments=made or recipe.composed(loaded, scale.name, asked.config_dirs),
+        experiments=made or composing.composed(loaded, scale.name, asked.config_dirs),
         config_dirs=asked.config_dirs,
         shrunken=asked.shrink is not None,
     )
 
 
-def refuse_evaluations(loaded: recipe.Recipe, scale: recipe.Scale, config_dirs: Sequence[str]) -> None:
+def refuse_evaluations(loaded: Recipe, scale: Scale, config_dirs: Sequence[str]) -> None:
     """Plan what is evaluated after training, before anything is trained.
 
     Raises:
@@ -96,16 +100,16 @@ def refuse_evaluations(loaded: recipe.Recipe, scale: recipe.Scale, config_dirs: 
     problems: list[str] = []
     for line in scale.evaluate:
         try:
-            evaluate.plan(*evaluate.read([*flags, *recipe.evaluation(line)]))
+            evaluate.plan(*evaluate.read([*flags, *evaluation(line)]))
         except UserError as error:
             problems += [f"{loaded.path}: scales.{scale.name}.evaluate: {told}" for told in str(error).splitlines()]
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _shrunken(loaded: recipe.Recipe, asked: Asked, folder: Path) -> recipe.Recipe:
+def _shrunken(loaded: Recipe, asked: Asked, folder: Path) -> Recipe:
     assert asked.shrink is not None
-    experiments = recipe.composed(loaded, asked.scale, asked.config_dirs)
+    experiments = composing.composed(loaded, asked.scale, asked.config_dirs)
     return shrink.shrunken(loaded, asked.scale, experiments, asked.shrink.absolute(), (folder / "models").absolute())
 
 

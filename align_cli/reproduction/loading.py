@@ -1,241 +1,41 @@
-"""Recipes: a table or figure of a paper as runs, and what is expected of them (recipes/README.md has the schema).
+"""From a recipe's file to the recipe: found by its name, read, and all that is wrong with it said at once.
 
-Loading a recipe checks the file alone. `composed` composes its runs and holds every expectation against the figures
-that they can write.
+The file alone is checked here; whether its runs can be composed is `align_cli.reproduction.composing`'s to find out.
 """
 
-import fnmatch
-import importlib
-import json
 import re
-import shlex
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import yaml
 
 from align_cli import config, paths, sweep
-from align_cli.claims import Range
 from align_cli.errors import UserError
 from align_cli.ranges import Count, NotEmpty
+from align_cli.reproduction.claims import Range
+from align_cli.reproduction.recipe import (
+    DRAWINGS,
+    OTHER,
+    SCALES,
+    UNKNOWN,
+    Drawing,
+    Expectation,
+    Lines,
+    PaperFigure,
+    Recipe,
+    Run,
+    Scale,
+    Study,
+    Trend,
+    evaluation,
+    merged,
+)
 
-if TYPE_CHECKING:
-    from align_cli.experiment import Experiment
-
-SCALES = ("tiny", "paper")
-RESULTS = "results.json"  # of a reproduction, in its folder
-UNKNOWN = "unknown"
-_RUN = re.compile(r"<([\w.-]+)>")  # in an override: the directory of another run of the recipe, with the same seed
 _OWN = re.compile(r"[+~]*(run\.(dir|seed)|resume|launch)=")  # what the reproduction sets itself
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-
-Trend = Literal["rising", "falling"]
-
-
-# --- what a file may hold
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expectation:
-    """One claim, in the schema's words; `wanted` is its `is`: a range, a trend, or None for a number nobody found."""
-
-    claim: NotEmpty
-    figure: NotEmpty
-    since: NotEmpty | None
-    of: NotEmpty | None
-    less: NotEmpty | None
-    over: list[NotEmpty] | None
-    kind: Literal["exact", "paper", "ours"]
-    source: NotEmpty
-    scale: Literal["tiny", "paper", "both"]
-    wanted: Range | Trend | None
-
-    @property
-    def figures(self) -> list[str]:
-        """The figures that it reads of each run."""
-        return [self.figure] if self.since is None else [self.figure, self.since]
-
-    @property
-    def runs(self) -> list[str]:
-        """The runs that it speaks of."""
-        return [name for name in (self.of, self.less, *(self.over or ())) if name is not None]
-
-    def at(self, scale: str) -> bool:
-        """Whether it is expected at this scale."""
-        return self.scale in (scale, "both")
-
-    @property
-    def expected(self) -> str:
-        """What is expected, in short."""
-        if self.wanted is None or isinstance(self.wanted, str):
-            return self.wanted or UNKNOWN
-        low, high = self.wanted.low, self.wanted.high
-        if low == float("-inf"):
-            return f"< {high:g}"
-        if high == float("inf"):
-            return f"> {low:g}"
-        return f"{low:g} to {high:g}" if low < high else f"{low:g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Equal:
-    value: float
-    tolerance: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Scale:
-    """A scale as it stands in the file."""
-
-    cost: NotEmpty
-    seeds: Count
-    common: list[NotEmpty] | None
-    runs: dict[str, Any] | None
-    study: NotEmpty | None
-    options: dict[str, Any] | None
-    evaluate: list[NotEmpty] | None
-    departures: list[NotEmpty] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lines:
-    """Curves of `metrics.jsonl`: each of `y` over `x`, by run."""
-
-    x: NotEmpty
-    y: list[NotEmpty]
-    by: Literal["run"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bars:
-    """Figures of the runs, a bar for each with its interval; `runs` names which, without it all."""
-
-    y: list[NotEmpty]
-    runs: list[NotEmpty] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scatter:
-    """One figure of the runs against another, a point for each."""
-
-    x: NotEmpty
-    y: NotEmpty
-    runs: list[NotEmpty] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heat:
-    """A figure over two swept keys."""
-
-    x: NotEmpty
-    y: NotEmpty
-    figure: NotEmpty
-    runs: list[NotEmpty] | None
-
-
-Drawing = Lines | Bars | Scatter | Heat
-DRAWINGS: dict[str, type[Drawing]] = {"lines": Lines, "bars": Bars, "scatter": Scatter, "heat": Heat}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaperFigure:
-    """Points of the paper's own figure: the axes' names and, for each series, its (x, y)."""
-
-    x: NotEmpty
-    y: NotEmpty
-    series: dict[str, list[list[float]]]
-    source: NotEmpty
-
-
-@dataclass(frozen=True, kw_only=True)
-class _File:
-    title: NotEmpty
-    paper: NotEmpty
-    departures: list[NotEmpty] | None
-    scales: dict[str, Any]
-    expect: list[Any]
-    draw: list[Any] | None
-    paper_figure: dict[str, Any] | None
-
-
-# --- what it means
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run: its overrides without seed and directory, and the values that are swept."""
-
-    name: str
-    overrides: tuple[str, ...]
-    swept: tuple[str, ...]
-
-    @property
-    def folder(self) -> str:
-        """A folder's name."""
-        return sweep.folder_name((self.name.replace("[", ",").removesuffix("]"),))
-
-    @property
-    def needs(self) -> list[str]:
-        """The runs whose directories it reads."""
-        return list(dict.fromkeys(name for override in self.overrides for name in _RUN.findall(override)))
-
-    def placed(self, seed: int, folders: Mapping[str, Path], run_dir: Path) -> list[str]:
-        """The arguments of `align train`.
-
-        Args:
-            folders: the directories of the runs that it needs.
-        """
-        told = [_with_folders(override, folders) for override in self.overrides]
-        return [*told, f"run.seed={seed}", f"run.dir={config.quoted(str(run_dir))}"]
-
-
-def _with_folders(override: str, folders: Mapping[str, Path]) -> str:
-    if not _RUN.search(override):
-        return override
-    key, _, value = override.partition("=")
-    return f"{key}={config.quoted(_RUN.sub(lambda found: str(folders[found[1]]), value))}"
-
-
-@dataclass(frozen=True)
-class Study:
-    """A function of the seed in `align_cli.studies` and its options; its figures are those of the recipe."""
-
-    name: str
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A recipe at one scale: runs or a study, seeds, and what is evaluated after training.
-
-    Attributes:
-        evaluate: a line for each evaluation, its choice and options: `mt_bench judge=openai`.
-    """
-
-    name: str
-    cost: str
-    seeds: int
-    runs: tuple[Run, ...]
-    study: Study | None
-    evaluate: tuple[str, ...]
-    departures: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A table or figure of a paper."""
-
-    name: str
-    path: Path
-    title: str
-    paper: str
-    scales: dict[str, Scale]
-    expect: tuple[Expectation, ...]
-    draw: tuple[Drawing, ...]
-    paper_figure: PaperFigure | None
 
 
 # --- finding
@@ -302,24 +102,32 @@ def _read(path: Path) -> dict[str, Any]:
     return node
 
 
-def results(path: Path) -> dict[str, Any] | None:
-    """The results of an earlier reproduction; None where there are none.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    if not path.is_file():
-        return None
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); removed, `align reproduce` makes it again.") from error
-    if not isinstance(told, dict) or "expectations" not in told:
-        raise UserError(f"{path} holds no results of a reproduction; use another folder.")
-    return told
+# --- a file
 
 
-# --- loading
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    title: NotEmpty
+    paper: NotEmpty
+    departures: list[NotEmpty] | None
+    scales: dict[str, Any]
+    expect: list[Any]
+    draw: list[Any] | None
+    paper_figure: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scale:
+    """A scale as it stands in the file."""
+
+    cost: NotEmpty
+    seeds: Count
+    common: list[NotEmpty] | None
+    runs: dict[str, Any] | None
+    study: NotEmpty | None
+    options: dict[str, Any] | None
+    evaluate: list[NotEmpty] | None
+    departures: list[NotEmpty] | None
 
 
 def load(name: str) -> Recipe:
@@ -422,7 +230,7 @@ def _expanded(name: str, given: Any, common: Sequence[str], where: str, problems
             return []
     try:
         # a text in angle brackets is not a value of Hydra's grammar; it is put back below
-        combinations, swept = sweep.expand([_RUN.sub(r"__\1__", each) for each in merged([*common, *own])])
+        combinations, swept = sweep.expand([OTHER.sub(r"__\1__", each) for each in merged([*common, *own])])
     except UserError as error:
         problems += [f"{where}: {line}" for line in str(error).splitlines()]
         return []
@@ -441,15 +249,9 @@ def _expanded(name: str, given: Any, common: Sequence[str], where: str, problems
 
 def _back(override: str, given: Sequence[str]) -> str:
     """An override with the names of runs in angle brackets again."""
-    for name in dict.fromkeys(name for each in given for name in _RUN.findall(each)):
+    for name in dict.fromkeys(name for each in given for name in OTHER.findall(each)):
         override = override.replace(f"__{name}__", f"<{name}>")
     return override
-
-
-def merged(overrides: Sequence[str]) -> list[str]:
-    """Overrides without those that a later one of the same key replaces."""
-    last = {override.partition("=")[0].lstrip("+"): override for override in overrides}
-    return list(last.values())
 
 
 def _circles(runs: Sequence[Run], where: str) -> list[str]:
@@ -483,20 +285,15 @@ def _unknown_choices(chosen: Sequence[str], where: str) -> list[str]:
     ] + [f"{where}.evaluate: {name}: name it once." for name in set(names) if names.count(name) > 1]
 
 
-def evaluation(line: str) -> list[str]:
-    """The words of `align evaluate` behind the run, of a line such as `mt_bench judge=openai`."""
-    choice, _, options = line.strip().partition(" ")
-    return [f"eval={choice}", *shlex.split(options)]
-
-
-def evaluations(scale: Scale) -> list[str]:
-    """The choices of `align evaluate` that are made of each run."""
-    return [evaluation(line)[0].removeprefix("eval=") for line in scale.evaluate]
-
-
 # --- expectations and drawings
 
 _SHOWN = "below: NUMBER, above: NUMBER, within: [LOW, HIGH], equal: {value: NUMBER, tolerance: NUMBER}, equal: unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Equal:
+    value: float
+    tolerance: float
 
 
 def _expectation(node: Any, where: str, scales: Mapping[str, Scale], problems: list[str]) -> Iterator[Expectation]:
@@ -588,89 +385,3 @@ def _drawing(node: Any, where: str, scales: Mapping[str, Scale], problems: list[
         if name not in there and len(scales) == len(SCALES)
     ]
     return [found]
-
-
-# --- composing
-
-
-def composed(recipe: Recipe, scale: str, config_dirs: Sequence[str] = ()) -> "dict[str, Experiment]":
-    """The experiment of each run, without its seed and directory; every expectation is one that they can meet.
-
-    Raises:
-        UserError: all that is wrong, a sentence with file and run for each problem.
-    """
-    found = experiments(recipe, scale, config_dirs)
-    problems = _unwritten(recipe, recipe.scales[scale], found)
-    if problems:
-        raise UserError("\n".join(f"{recipe.path}: {problem}" for problem in problems))
-    return found
-
-
-def experiments(recipe: Recipe, scale: str, config_dirs: Sequence[str] = ()) -> "dict[str, Experiment]":
-    """The experiment of each run, whatever is expected of it.
-
-    Raises:
-        UserError: a run is wrong, a sentence with file and run for each problem.
-    """
-    from align_cli import reading  # here, so that recipes are listed without it
-
-    found: dict[str, Experiment] = {}
-    problems: list[str] = []
-    for run in recipe.scales[scale].runs:
-        folders = {name: Path(name) for name in run.needs}
-        try:
-            tree = config.compose("train", run.placed(0, folders, Path("unused", run.folder)), config_dirs)
-            found[run.name] = reading.read(tree, planned=True)
-        except UserError as error:
-            problems += [f"{recipe.path}: scales.{scale}.runs.{run.name}: {line}" for line in str(error).splitlines()]
-    if problems:
-        raise UserError("\n".join(problems))
-    return found
-
-
-def _unwritten(recipe: Recipe, scale: Scale, found: "Mapping[str, Experiment]") -> list[str]:
-    """Expectations of figures that nobody writes, or of a study that is not there."""
-    from align_cli import summaries
-
-    if scale.study is not None:
-        return _not_in_study(recipe, scale.study, scale.name)
-    written = {name: [*summaries.names(each), *_of_evaluations(scale)] for name, each in found.items()}
-    return [
-        f"expect[{place}]: {figure}: {run} writes no such figure at scale {scale.name}."
-        f"{config.did_you_mean(figure, written[run])}"
-        for place, each in enumerate(recipe.expect)
-        if each.at(scale.name)
-        for run in each.runs
-        for figure in each.figures
-        if not _among(figure, written[run])
-    ]
-
-
-def _among(figure: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(figure, pattern) for pattern in patterns)
-
-
-def _of_evaluations(scale: Scale) -> list[str]:
-    return [f"eval/{choice}/*" for choice in evaluations(scale)]
-
-
-def keys(expectation: Expectation) -> list[str]:
-    """The figures of a study that an expectation speaks of: `of` and `less` come before the figure's name."""
-    return [f"{name}/{expectation.figure}" for name in expectation.runs] or [expectation.figure]
-
-
-def _not_in_study(recipe: Recipe, study: Study, scale: str) -> list[str]:
-    where = f"scales.{scale}"
-    try:
-        function = config.find("align_cli.studies", study.name, where, told="study")
-    except UserError as error:
-        return [str(error)]
-    there = list(vars(importlib.import_module(function.__module__))["FIGURES"])
-    return config.check(function, study.options, f"{where}.options") + [
-        f"expect[{place}].figure: study={study.name} gives no {key}.{config.did_you_mean(key, there)} "
-        f"It gives {', '.join(there)}."
-        for place, each in enumerate(recipe.expect)
-        if each.at(scale)
-        for key in keys(each)
-        if not _among(key, there)
-    ]

@@ -1,14 +1,12 @@
-"""A reproduction: the runs of a recipe at a scale, side by side, and what their figures say of its claims.
+"""A reproduction: the runs of a recipe at a scale, side by side.
 
 Jobs are processes. What is finished is left alone, what was interrupted goes on, and a job that fails takes nothing
 with it but the jobs that read its result and the verdicts that rest on it.
 """
 
-import datetime
 import hashlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -17,15 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
-from align_cli import claims, config, exits, launch, process, reading, recipe, resources, rundir, study, terminal
-from align_cli.claims import Judged, Range
+from align_cli import config, exits, launch, process, reading, resources, rundir, study
 from align_cli.errors import UserError
 from align_cli.experiment import Experiment
-from align_cli.recipe import Expectation, Recipe, Run, Scale
+from align_cli.reproduction.recipe import Recipe, Run, Scale, evaluation
 from align_cli.results import answers, path_of
 
 LAST_WORDS = 3  # lines of a failed job's log that are shown
@@ -63,7 +59,7 @@ class Reproduction:
 
     Attributes:
         shared: where runs are that other recipes may have made, or will use; None: in a folder of their own.
-        shrunken: whether its models are random ones, whose figures mean nothing (`align_cli.shrink`).
+        shrunken: whether its models are random ones, whose figures mean nothing (`align_cli.reproduction.shrink`).
     """
 
     recipe: Recipe
@@ -87,6 +83,18 @@ class Reproduction:
         told = json.dumps([{key: value for key, value in tree.items() if key != "run"}, read], sort_keys=True)
         return f"{tree['algo']['name']}-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
 
+    def arguments(self, run: Run, seed: int, folder: Path | None = None) -> list[str]:
+        """The arguments of `align train` for one run.
+
+        Args:
+            folder: the reproduction's, as the command is to name it; None: as it is.
+        """
+        named = self
+        if folder is not None:
+            named = replace(self, folder=folder, shared=None if self.shared is None else folder / "runs")
+        folders = {other.name: named.run_dir(other, seed) for other in self.scale.runs}
+        return run.placed(seed, folders, named.run_dir(run, seed))
+
     def study_file(self, seed: int) -> Path:
         """The figures of one seed of the study."""
         return self.folder / "study" / f"seed={seed}.json"
@@ -100,10 +108,8 @@ def jobs(reproduction: Reproduction) -> list[Job]:
     """
     found: list[Job] = []
     trees: dict[str, config.Tree] = {}  # of runs that were composed already
-    lines = zip(recipe.evaluations(reproduction.scale), reproduction.scale.evaluate, strict=True)
-    asked = {
-        choice: config.compose("evaluate", recipe.evaluation(line), reproduction.config_dirs) for choice, line in lines
-    }
+    lines = zip(reproduction.scale.evaluations, reproduction.scale.evaluate, strict=True)
+    asked = {choice: config.compose("evaluate", evaluation(line), reproduction.config_dirs) for choice, line in lines}
     for seed in reproduction.seeds:
         if reproduction.scale.study is not None:
             found.append(_study_job(reproduction, seed))
@@ -127,27 +133,14 @@ def _in_order(runs: Sequence[Run]) -> list[Run]:
     return ordered
 
 
-def arguments(reproduction: Reproduction, run: Run, seed: int, folder: Path | None = None) -> list[str]:
-    """The arguments of `align train` for one run.
-
-    Args:
-        folder: the reproduction's, as the command is to name it; None: as it is.
-    """
-    named = reproduction
-    if folder is not None:
-        named = replace(reproduction, folder=folder, shared=None if reproduction.shared is None else folder / "runs")
-    folders = {other.name: named.run_dir(other, seed) for other in reproduction.scale.runs}
-    return run.placed(seed, folders, named.run_dir(run, seed))
-
-
 def _run_job(
     reproduction: Reproduction, run: Run, seed: int, trees: dict[str, config.Tree], asked: Mapping[str, config.Tree]
 ) -> Job:
     run_dir = reproduction.run_dir(run, seed)
-    given = arguments(reproduction, run, seed)
+    given = reproduction.arguments(run, seed)
     flags = [*config.plugins(), *(part for each in reproduction.config_dirs for part in ("--config-dir", each))]
     commands = [("train", *flags, *given)]
-    commands += [("evaluate", str(run_dir), *flags, *recipe.evaluation(line)) for line in reproduction.scale.evaluate]
+    commands += [("evaluate", str(run_dir), *flags, *evaluation(line)) for line in reproduction.scale.evaluate]
     launch.claimable(run_dir)
     if (run_dir / rundir.CONFIG).is_file():
         if run.needs or run.name not in trees:
@@ -319,173 +312,3 @@ def _last_words(log: Path, code: int) -> str:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes so far" if seconds >= 60 else f"{seconds:.0f} s so far"
-
-
-# --- judging
-
-
-def figures(reproduction: Reproduction) -> dict[str, dict[int, dict[str, Any]]]:
-    """The figures of each run that has finished, by run and seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for run in reproduction.scale.runs:
-        each = {seed: rundir.read_summary(reproduction.run_dir(run, seed)) for seed in reproduction.seeds}
-        found[run.name] = {seed: summary for seed, summary in each.items() if summary is not None}
-    if reproduction.scale.study is not None:
-        files = {seed: reproduction.study_file(seed) for seed in reproduction.seeds}
-        found[OF_STUDY] = {seed: study.read(file)["figures"] for seed, file in files.items() if file.is_file()}
-    return found
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """An expectation, its value for each seed, and the verdict."""
-
-    expectation: Expectation
-    values: dict[int, float]
-    judged: Judged
-
-
-def judge(
-    expectation: Expectation, found: Mapping[str, Mapping[int, Mapping[str, Any]]], failed: Mapping[str, str]
-) -> Outcome:
-    """Hold an expectation against the figures.
-
-    Args:
-        found: of each run (of the study), by seed.
-        failed: runs of which a seed failed, and why.
-    """
-    studied = OF_STUDY in found
-    names = recipe.keys(expectation) if studied else expectation.runs
-    for name in [OF_STUDY] if studied else names:
-        if name in failed:
-            return Outcome(expectation, {}, Judged(None, None, None, "failed", f"{name}: {failed[name]}"))
-    runs = {name: found[OF_STUDY] if studied else found[name] for name in names}
-    seeds = sorted(set.intersection(*(set(each) for each in runs.values())))
-    values: dict[int, float] = {}
-    for seed in seeds:
-        read = [[name] if studied else expectation.figures for name in names]
-        each = [[runs[name][seed].get(figure) for figure in of] for name, of in zip(names, read, strict=True)]
-        if not all(isinstance(value, int | float | str) and not isinstance(value, bool) for of in each for value in of):
-            continue  # a run leaves out what is infinite, or what its data does not show
-        numbers = [[float(value) for value in of if value is not None] for of in each]
-        told = [first - sum(since) for first, *since in numbers]
-        values[seed] = claims.slope(told) if expectation.over else told[0] - sum(told[1:])
-    wanted = expectation.wanted
-    if isinstance(wanted, str):
-        wanted = Range(0.0, float("inf"), True) if wanted == "rising" else Range(float("-inf"), 0.0, True)
-    judged = claims.judge(list(values.values()), wanted, exact=expectation.kind == "exact")
-    refuted = expectation.kind == "exact" and judged.verdict == "does not hold"  # one value is enough
-    if len(values) < len(seeds) and not refuted:
-        told = f"{len(seeds) - len(values)} of {len(seeds)} seeds have no such figure"
-        judged = Judged(judged.estimate, judged.low, judged.high, "undecided", told)
-    return Outcome(expectation, values, judged)
-
-
-def outcomes(reproduction: Reproduction, planned: Sequence[Job], states: Mapping[Path, State]) -> list[Outcome]:
-    """Every claim of this scale with its verdict."""
-    found = figures(reproduction)
-    failed = {job.run: states[job.folder] for job in planned if states[job.folder].startswith("failed")}
-    expected = [each for each in reproduction.recipe.expect if each.at(reproduction.scale.name)]
-    told = [judge(each, found, failed) for each in expected]
-    if not reproduction.shrunken:
-        return told
-    why = "the model is a random one of a few weights"
-    return [
-        each
-        if each.judged.verdict == "failed"
-        else replace(each, judged=replace(each.judged, verdict="undecided", why=why))
-        for each in told
-    ]
-
-
-# --- results.json
-
-
-def results(
-    reproduction: Reproduction,
-    planned: Sequence[Job],
-    states: Mapping[Path, State],
-    found: Sequence[Outcome],
-    seconds: float,
-) -> dict[str, Any]:
-    """What `results.json` holds: no path of this machine is in it."""
-    every = figures(reproduction)
-    runs: dict[str, Any] = {}
-    for job in planned:
-        told = runs.setdefault(job.run, {"command": _repeatable(reproduction, job), "seeds": {}})
-        told["seeds"][str(job.seed)] = {
-            "dir": Path(os.path.relpath(job.folder, reproduction.folder)).as_posix(),
-            "state": states[job.folder],
-            "figures": every[job.run].get(job.seed, {}),
-        }
-    return {
-        "recipe": reproduction.recipe.name,
-        "title": reproduction.recipe.title,
-        "paper": reproduction.recipe.paper,
-        "scale": reproduction.scale.name,
-        "shrunken": reproduction.shrunken,
-        "seeds": list(reproduction.seeds),
-        "commit": _commit(planned),
-        "machine": machine(),
-        "versions": rundir.versions(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "seconds": round(seconds, 1),
-        "runs": runs,
-        "expectations": [
-            {
-                "claim": each.expectation.claim,
-                "kind": each.expectation.kind,
-                "source": each.expectation.source,
-                "expected": each.expectation.expected,
-                "values": {str(seed): value for seed, value in each.values.items()},
-                "estimate": each.judged.estimate,
-                "low": each.judged.low,
-                "high": each.judged.high,
-                "verdict": each.judged.verdict,
-                "why": each.judged.why,
-            }
-            for each in found
-        ],
-        "departures": list(reproduction.scale.departures),
-    }
-
-
-def _commit(planned: Sequence[Job]) -> str | None:
-    """The commit that the runs were made from, several where they were made at different times."""
-    files = [job.folder / rundir.ENV for job in planned if (job.folder / rundir.ENV).is_file()]
-    made = [json.loads(file.read_text(encoding="utf-8"))["git"] for file in files] or [rundir.git_revision()]
-    return ", ".join(dict.fromkeys(filter(None, made))) or None
-
-
-def _repeatable(reproduction: Reproduction, job: Job) -> str:
-    """The first command of a job as it can be given from the reproduction's folder."""
-    run = next((each for each in reproduction.scale.runs if each.name == job.run), None)
-    if run is None:
-        told = [word.replace(str(job.folder), f"study/{job.folder.name}") for word in job.commands[0]]
-        return terminal.shell(["align", *told])
-    return terminal.shell(["align", "train", *arguments(reproduction, run, job.seed, Path("."))])
-
-
-def machine() -> str:
-    """What this computes on: GPUs, or the processor and how many cores of it."""
-    count = torch.cuda.device_count()
-    if count:
-        names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
-        return f"{count} x {', '.join(names)}"
-    try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
-    except OSError:  # no Linux
-        names = []
-    return f"{process.cores()} cores of {names[0] if names else platform.processor() or platform.machine()}"
-
-
-def write(folder: Path, told: Mapping[str, Any]) -> None:
-    """Write `results.json`, whole or not at all."""
-    rundir.write_atomic(folder / recipe.RESULTS, json.dumps(_plain(told), indent=2, ensure_ascii=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list) else rundir.plain(value)

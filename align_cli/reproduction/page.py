@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from align_cli import rundir, statistics, terminal
-from align_cli.claims import Verdict as OfClaim
-from align_cli.recipe import Bars, Heat, Lines, PaperFigure, Run, Scatter
 from align_cli.report import content, figures, page
 from align_cli.report.content import Content
 from align_cli.report.page import (
@@ -26,7 +24,10 @@ from align_cli.report.page import (
     Tone,
     Verdict,
 )
-from align_cli.reproduction import OF_STUDY, Job, Outcome, Reproduction
+from align_cli.reproduction.claims import Verdict as OfClaim
+from align_cli.reproduction.jobs import OF_STUDY, Job, Reproduction
+from align_cli.reproduction.judging import Outcome
+from align_cli.reproduction.recipe import Bars, Heat, Lines, PaperFigure, Run, Scatter
 from align_cli.statistics import Interval
 
 PAGE = "report.html"

@@ -15,7 +15,7 @@ from align_cli.errors import UserError
 from align_cli.experiment import Experiment
 from align_cli.models import tiny
 from align_cli.raters import FromModel
-from align_cli.recipe import Recipe, Run, merged
+from align_cli.reproduction.recipe import Recipe, Run, merged
 from align_cli.sources import FromPolicy
 
 SETTINGS = (
