@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align_cli import terminal
-from align_cli.rundir import fsync_folder
+from align_cli.files import fsync_folder
 
 NAME = 16  # bytes of a name
 RECORD = NAME + 4  # bytes of a figure with its name
@@ -41,6 +41,7 @@ SAMPLED = 256  # responses whose token ids are kept
 SETTLED = 2.0  # seconds a file has to lie unchanged before its digest is kept; clocks of file systems are coarse
 TRIES = 100  # to lock a folder that is being removed
 LARGE = 1 << 24  # bytes of a file whose digest is worth keeping
+MAPPED = 1 << 20  # bytes from which a shard is mapped and not read: a mapping costs one of a process's few open files
 MISSING, FOUND, OWN = 0, 1, 2  # whether a figure is there, and whether this process has added it
 
 Names = NDArray[np.bytes_]
@@ -60,7 +61,7 @@ class Shard:
     Attributes:
         names: (n,) of 16 bytes, ascending.
         values: (n,).
-        mapped: the file's bytes; None for figures that are in memory alone.
+        mapped: the bytes of a large file; None for figures that are held in memory.
     """
 
     names: Names
@@ -100,7 +101,7 @@ def digest(data: bytes | mmap.mmap) -> str:
 
 
 def read_shard(path: Path) -> Shard:
-    """Map a shard and check it.
+    """Map a shard, or read a small one, and check it.
 
     Raises:
         Damaged: its bytes do not have the digest that names it.
@@ -110,13 +111,14 @@ def read_shard(path: Path) -> Shard:
         size = os.fstat(file.fileno()).st_size
         if size == 0 or size % RECORD:
             raise Damaged(f"{path}: {size} bytes are not whole figures")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if digest(mapped) != path.stem:
+        mapped = None if size < MAPPED else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = file.read() if mapped is None else mapped
+    if digest(data) != path.stem:
         raise Damaged(f"{path}: its content is not what was written")
     count = size // RECORD
     shard = Shard(
-        np.frombuffer(mapped, dtype=f"S{NAME}", count=count),
-        np.frombuffer(mapped, dtype="<f4", offset=NAME * count),
+        np.frombuffer(data, dtype=f"S{NAME}", count=count),
+        np.frombuffer(data, dtype="<f4", offset=NAME * count),
         mapped,
     )
     shard.let_go()
@@ -277,7 +279,8 @@ class Folder:
         with contextlib.suppress(OSError):  # a folder that cannot be written
             if isinstance(error, Damaged):
                 path.rename(path.with_suffix(".damaged"))
-        terminal.warn(f"{path} is damaged; its responses are measured again")
+        told = "is damaged" if isinstance(error, Damaged) else f"cannot be read ({error})"
+        terminal.warn(f"{path} {told}; its responses are measured again")
 
     def find(self, names: Names) -> tuple[Figures, NDArray[np.int8]]:
         """The figure of each name, and whether it is there: MISSING, FOUND or OWN."""

@@ -19,7 +19,8 @@ from typing import Any
 
 from align_cli import distributed, terminal
 from align_cli.errors import RunError
-from align_cli.rundir import fsync_folder, write_atomic
+from align_cli.files import fsync_folder
+from align_cli.rundir import write_atomic
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -80,7 +81,9 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and none is whole.
         """
-        there, candidates = distributed.gather((_steps(self.folder), committed(self.folder)))[0]
+        # A folder that rank 0 has just made may not be there yet for another node.
+        mine = (_steps(self.folder), committed(self.folder)) if distributed.rank() == 0 else ([], [])
+        there, candidates = distributed.gather(mine)[0]
         damaged = dict.fromkeys(there, "a file is missing or has another size")
         for checkpoint in candidates:
             wrong = _damage(checkpoint)

@@ -360,6 +360,16 @@ def find(module: str, name: str, key: str, *, function: str | None = None, told:
     )
 
 
+def sources(function: Callable[..., Any]) -> list[Path]:
+    """The files that a part is made of: its own, and of a plugin's all of the plugin's package."""
+    own = Path(inspect.getfile(function))
+    root = function.__module__.partition(".")[0]
+    package = Path(inspect.getfile(importlib.import_module(root)))
+    if root == __package__ or package.name != "__init__.py":
+        return [own]
+    return sorted(package.parent.rglob("*.py"))
+
+
 def _home(module: str, name: str) -> Any:
     """The module that a part is in; None where there is none."""
     if module.startswith("align_cli."):

@@ -22,8 +22,9 @@ from typing import Any
 import yaml
 
 import align_cli
-from align_cli import secrets
+from align_cli import secrets, terminal
 from align_cli.errors import UserError
+from align_cli.files import fsync_folder, locked
 
 try:  # libyaml's, ten times as fast, which counts where a sweep has a thousand runs
     from yaml import CSafeLoader as SafeLoader
@@ -37,15 +38,6 @@ SUMMARY = "summary.json"
 SAMPLES, SAMPLES_BEFORE = "samples.json", "samples_before.json"
 
 Scalar = str | int | float | bool | None
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: a rename is only safe from a power cut once its folder is synchronised."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -73,7 +65,7 @@ def holder(run_dir: Path) -> str | None:
         return None
     with open(path, encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            locked(file.fileno(), fcntl.LOCK_SH)
         except BlockingIOError:
             return file.read().strip() or "a process that is just starting"
     return None
@@ -96,7 +88,8 @@ def lock(run_dir: Path, key: str = "run.dir") -> Iterator[int]:
         raise UserError(f"{key}={run_dir} cannot be written: {error.strerror}; choose another {key}") from error
     with open(run_dir / LOCK, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not locked(file.fileno(), fcntl.LOCK_EX):
+                terminal.warn(f"{key}={run_dir} lies on a file system without locks; start no second run there")
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip() or "a process that is just starting"

@@ -141,6 +141,28 @@ def test_many_shards_are_merged_by_the_next_run_and_never_while_one_reads(tmp_pa
     assert not (tmp_path / ".left.tmp").exists()
 
 
+def test_small_shards_cost_no_open_file(tmp_path: Path) -> None:
+    kept = Folder(tmp_path, tidies=False)
+    for number in range(20):
+        kept.add(names(number), figures(number))
+    before = len(os.listdir("/proc/self/fd"))
+    reader = Folder(tmp_path, tidies=False)
+    assert len(reader.shards) == 20 and reader.find(names(7))[0].tolist() == [7.0]
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the folder's lock
+
+
+@pytest.mark.parametrize("size", [10, 60_000])
+def test_a_shard_is_checked_whether_it_is_read_or_mapped(size: int, tmp_path: Path) -> None:
+    kept = Folder(tmp_path, tidies=True)
+    file = tmp_path / kept.add(names(*range(size)), figures(*range(size)))
+    assert (cache.read_shard(file).mapped is not None) == (file.stat().st_size >= cache.MAPPED)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(cache.Damaged):
+        cache.read_shard(file)
+
+
 def test_a_reader_keeps_its_figures_when_shards_are_replaced_under_it(tmp_path: Path) -> None:
     reader = Folder(tmp_path, tidies=True)
     file = reader.add(names(1, 2), figures(1, 2))

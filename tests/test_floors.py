@@ -23,7 +23,7 @@ FLOORS = (
         "ranges",
         "errors",
     ),
-    ("answers", "columns", "config", "paths", "process", "secrets", "terminal"),
+    ("answers", "columns", "config", "files", "paths", "process", "secrets", "terminal"),
     ("data",),
     ("models",),
     (

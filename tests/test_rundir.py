@@ -1,5 +1,7 @@
 """A run directory is used by one process, and its files are old or new, never half."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -39,6 +41,18 @@ def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) 
         assert rundir.holder(run) == f"process {os.getpid()} on {os.uname().nodename}"
     assert rundir.holder(run) is None
     assert rundir.is_empty(run)
+
+
+def test_a_file_system_without_locks_is_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with rundir.lock(tmp_path / "run"):
+        assert rundir.holder(tmp_path / "run") is None
+    assert "without locks; start no second run there" in capsys.readouterr().err
 
 
 def test_a_run_starts_only_in_an_empty_folder(tmp_path: Path) -> None:

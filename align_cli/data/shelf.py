@@ -4,18 +4,21 @@ Everything goes into files that grow. What is known of a group beside its tokens
 divided and numbered, at the end, is some of that held at once, 16 bytes a group and the room to sort them.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from align_cli.data.tokens import Ids, Tokenised
+from align_cli.files import fsync_folder
 
 HEADER = 128  # bytes kept free for a .npy header, whose length depends on the number of elements
 BLOCK = 1 << 16  # groups looked at in one go
@@ -159,12 +162,15 @@ class Shelf:
         for name, mask in chosen.items():
             folder = self.folder / name
             folder.mkdir()
-            np.save(folder / "groups.npy", np.flatnonzero(mask).astype(np.int32))
-            np.save(folder / "prompts.npy", numbered(heads[mask]))
-            for fact, part in self.facts.items():
-                np.save(folder / f"{fact}.npy", np.load(part.path)[mask])
+            arrays = {"groups": np.flatnonzero(mask).astype(np.int32), "prompts": numbered(heads[mask])}
+            arrays |= {fact: np.load(part.path)[mask] for fact, part in self.facts.items()}
+            for array, values in arrays.items():
+                with durable(folder / f"{array}.npy") as file:
+                    np.save(file, values)
             told = {"digest": self.digest(mask), "largest": self.largest, "report": report}
-            (folder / "store.json").write_text(json.dumps(told, indent=1))
+            with durable(folder / "store.json") as file:
+                file.write(json.dumps(told, indent=1).encode())
+            fsync_folder(folder)
         for part in self.passing:
             part.path.unlink()
 
@@ -178,6 +184,15 @@ class Shelf:
                 of_groups = np.frombuffer(file.read(len(block) * DIGEST), dtype=np.uint8).reshape(-1, DIGEST)
                 whole.update(of_groups[block].tobytes())
         return whole.hexdigest()
+
+
+@contextlib.contextmanager
+def durable(path: Path) -> Iterator[BinaryIO]:
+    """A new file, which has reached the disk at the end of the block."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def before(sizes: NDArray[np.integer]) -> NDArray[np.int64]:

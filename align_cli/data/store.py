@@ -17,7 +17,6 @@ group: responses.npy, prompt_tokens.npy, response_tokens.npy, longest.npy and pr
 import contextlib
 import fcntl
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -33,12 +32,14 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from align_cli import config
 from align_cli.data.building import Build, Convert, Say, converter
 from align_cli.data.options import Data
 from align_cli.data.rows import Rows, has_splits, open_rows
 from align_cli.data.shelf import HEADER
 from align_cli.data.tokens import identity
 from align_cli.errors import UserError
+from align_cli.files import fsync_folder, locked
 from align_cli.paths import whole
 
 Number = TypeVar("Number", bound=np.generic)
@@ -211,7 +212,7 @@ def prepare(
 def code(convert: Convert) -> str:
     """A digest of the code that makes a store, which may be a plugin's."""
     digest = hashlib.sha256()
-    for path in [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(convert))]:
+    for path in [*sorted(Path(__file__).parent.glob("*.py")), *config.sources(convert)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -229,7 +230,7 @@ def alone(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     while True:
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked(file.fileno(), fcntl.LOCK_EX)
             except BlockingIOError:
                 if not told:
                     waiting()
@@ -261,7 +262,9 @@ def build(folder: Path, work: Build, source: Rows, held_out: Rows | None) -> Non
     partial.mkdir()
     try:
         work.run(partial, source, held_out)
+        fsync_folder(partial)
         partial.rename(folder)
+        fsync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,3 +1,4 @@
+import importlib
 import io
 import json
 import re
@@ -20,7 +21,7 @@ from align_cli.data import schemas
 from align_cli.data.options import Data, Format
 from align_cli.data.shelf import KEY, Growing, ranked
 from align_cli.data.show import show
-from align_cli.data.store import Store, alone, converter, prepare
+from align_cli.data.store import Store, alone, code, converter, prepare
 from align_cli.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -160,6 +161,20 @@ def test_a_store_is_made_once_and_again_when_anything_that_decides_it_changes(
     paths.add(made(tmp_path, words)[0].path)
     assert len(paths) == 5
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_a_store_is_made_again_when_a_plugin_s_helper_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "mine_to_clean"
+    (package / "data").mkdir(parents=True)
+    for file in (package / "__init__.py", package / "data" / "__init__.py", package / "clean.py"):
+        file.touch()
+    (package / "data" / "chats.py").write_text("from mine_to_clean import clean\ndef record(row, where): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    convert = importlib.import_module("mine_to_clean.data.chats").record
+    before = code(convert)
+    assert code(convert) == before
+    (package / "clean.py").write_text("# mended")
+    assert code(convert) != before
 
 
 PREPARE = """
@@ -307,6 +322,8 @@ def test_where_responses_are_sampled_those_of_the_rows_drop_no_prompt(
         {"prompt": "wordy", "completions": ["a " * 99, "b"], "rewards": [1, 0]},
         {"prompt": "many", "completions": ["a", "b", "c"], "rewards": [2, 1, 0]},
         {"prompt": "alone"},
+        {"prompt": "empty", "completions": ["", "b"], "rewards": [1, 0]},
+        {"prompt": "unrated", "completions": ["a", "b"], "rewards": [1, None]},
     ]
     store, _ = made(tmp_path, words, rows, pairwise=True, sampled=10, max_length=40)
     assert [words.decode(group.prompt) for group in store] == [f"<s>{row['prompt']}" for row in rows]
