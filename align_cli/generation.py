@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from align_cli import distributed
+from align_cli.engine import Network
 
 LOOK = 8  # tokens between two looks at whether a text has ended
 DROPPED = 1 / 8  # share of a batch's responses that have ended when they are taken out; each time the cache is copied
@@ -37,7 +38,7 @@ Halted = Callable[[list[list[int]]], list[bool]]
 
 
 def sample(
-    model: PreTrainedModel,
+    model: Network,
     prompts: Sequence[Sequence[int]],
     *,
     responses: int,
@@ -109,7 +110,7 @@ def sample(
 
 @torch.no_grad()
 def _continue(
-    model: PreTrainedModel,
+    model: Network,
     prompts: Sequence[Sequence[int]],
     uniform: Tensor,
     *,
@@ -217,7 +218,7 @@ def _with_space(states: Tensor, tokens: int) -> Tensor:
     return copy
 
 
-def _cache(model: PreTrainedModel, *, tokens: int) -> DynamicCache:
+def _cache(model: Network, *, tokens: int) -> DynamicCache:
     """The model's cache; layers that keep all tokens have space for so many of them."""
     cache = DynamicCache(config=model.config)
     cache.layers = [Spacious(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from align_cli import cache, config, distributed, generation, paths, references, rundir, terminal
@@ -26,7 +26,7 @@ from align_cli.data.batches import Measured, split
 from align_cli.data.records import Message, Record, RowError
 from align_cli.data.store import Group
 from align_cli.data.tokens import Template
-from align_cli.engine import Measuring, gpu_dtype
+from align_cli.engine import Measuring, Network, gpu_dtype
 from align_cli.errors import UserError
 from align_cli.models import adapters, causal, scalar
 from align_cli.models.causal import Manner, Model
@@ -186,20 +186,27 @@ class Subject:
         return torch.bfloat16 if chosen.precision == "bf16" else torch.float32
 
     @property
+    def bits(self) -> int | None:
+        """Of the quantised weights that a run has trained adapters on, where a GPU computes with them."""
+        if self.config is None or not self.adapted or self.device.type != "cuda":
+            return None
+        return self.config["adapter"]["bits"]
+
+    @property
     def numerics(self) -> str:
         """What decides the rounding of what it computes."""
-        kind = str(self.dtype).removeprefix("torch.")
+        kind = str(self.dtype).removeprefix("torch.") + (f"-{self.bits}bit" if self.bits is not None else "")
         return f"{kind}-{self.device.type}-{torch.get_float32_matmul_precision()}"
 
     @cached_property
-    def model(self) -> PreTrainedModel:
-        """The language model, or reward model, on its device; adapters are merged."""
+    def model(self) -> Network:
+        """The language model, or reward model, on its device, with its adapters."""
         if self.is_reward_model:
             network = scalar.load_reward_model(self.base, dtype=self.dtype)
         else:
-            network = causal.load_model(self.base, dtype=self.dtype, bits=None)
+            network = causal.load_model(self.base, dtype=self.dtype, bits=self.bits)
         if self.adapted:
-            network = adapters.merged(network, self.path)
+            network = adapters.worn(network, self.path, bits=self.bits)
         return network.to(self.device).eval()  # pyright: ignore[reportArgumentType]
 
     @property

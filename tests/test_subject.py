@@ -105,8 +105,8 @@ def test_adapters_name_the_weights_below_them_from_any_folder_and_their_commit(
 ) -> None:
     monkeypatch.chdir(tiny_model.parent)
     network: Any = AutoModelForCausalLM.from_pretrained(f"./{tiny_model.name}")
-    network.config._commit_hash = "abc"  # as transformers sets it for a model of the hub
-    wrapped = adapters.attach(network, Adapter(name="lora", rank=2, scale=4.0, targets="all-linear", bits=None), seed=0)
+    adapter = Adapter(name="lora", rank=2, scale=4.0, targets="all-linear", bits=None)
+    wrapped = adapters.attach(network, adapter, seed=0, commit="abc")
     wrapped.save_pretrained(str(tmp_path))
     base = find(str(tmp_path), OPTIONS).base
     assert (base.path, base.revision) == (str(tiny_model), "abc")

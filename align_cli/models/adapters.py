@@ -31,12 +31,13 @@ class Adapter:
 
 
 def attach(
-    network: PreTrainedModel, adapter: Adapter, *, seed: int, scores: bool = False
+    network: PreTrainedModel, adapter: Adapter, *, seed: int, scores: bool = False, commit: str | None = None
 ) -> PreTrainedModel | PeftModel:
     """The network with fresh adapters, which change nothing until the first update; or as it is without.
 
     Args:
         scores: it is a reward model, whose head is trained and saved whole beside the adapters.
+        commit: of the hub, whose weights the network has; what is saved names it.
     """
     if adapter.rank is None:
         return network
@@ -55,7 +56,7 @@ def attach(
                     task_type="SEQ_CLS" if scores else "CAUSAL_LM",  # the first has peft train and save `score`
                 ),
                 autocast_adapter_dtype=False,
-                revision=getattr(network.config, "_commit_hash", None),  # of the hub: the weights that were loaded
+                revision=commit,
             )
         except ValueError as error:
             raise UserError(f"adapter.targets={adapter.targets}: {first_line(error)}") from error
@@ -91,8 +92,16 @@ def refuse_other_formats(folder: Path) -> None:
         raise UserError(f"{folder}: it has no {WEIGHTS}; use adapters in safetensors.")
 
 
-def merged(network: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """The network that adapters were trained on, with those of a folder merged into its weights."""
+def worn(network: PreTrainedModel, folder: str, *, bits: int | None) -> PreTrainedModel | PeftModel:
+    """The network that adapters were trained on, with those of a folder, as it was trained.
+
+    They are merged into weights in fp32, which is faster. Sums in fewer bits would lose most of a small change.
+
+    Args:
+        bits: of the network's quantised weights.
+    """
     with quiet_peft():
-        wrapped = PeftModel.from_pretrained(network, folder)
+        wrapped = PeftModel.from_pretrained(network, folder, autocast_adapter_dtype=False)
+    if bits is not None or network.dtype != torch.float32:
+        return wrapped
     return wrapped.merge_and_unload()  # pyright: ignore[reportCallIssue, reportReturnType]  it is a LoRA model
