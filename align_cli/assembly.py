@@ -1,7 +1,5 @@
 """The parts of a run, put together: the policy in its engine, the makers of columns, the loss over them."""
 
-import importlib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +35,7 @@ from align_cli.models.adapters import attach
 from align_cli.models.causal import (
     Manner,
     Model,
+    commit_of,
     error_of,
     load_model,
     recompute_activations,
@@ -190,7 +189,8 @@ def _network(experiment: Experiment, dtype: torch.dtype) -> Network:
         base = load_reward_model(experiment.model, dtype=dtype)
     else:
         base = load_model(experiment.model, dtype=dtype, bits=experiment.adapter.bits)
-    network = attach(base, experiment.adapter, seed=experiment.run.seed, scores=scores)
+    commit = commit_of(experiment.model)
+    network = attach(base, experiment.adapter, seed=experiment.run.seed, scores=scores, commit=commit)
     if experiment.scalar == "values":
         attach_value_head(network)
     if experiment.engine.gradient_checkpointing:
@@ -230,7 +230,8 @@ def build_methods(
     if reference is None:
         method = Method(experiment, producers(experiment), experiment.made)
         return method, method, None
-    mismatch = MismatchKL(engine, reference, budget=experiment.engine.micro_tokens)
+    most = experiment.data.max_length
+    mismatch = MismatchKL(engine, reference, budget=experiment.engine.micro_tokens, most=most)
     makers = producers(experiment) | {"reference": reference, "mismatch_kl": mismatch}
     if isinstance(experiment.source, FromPolicy):
         makers |= online(experiment, learnt)
@@ -404,18 +405,10 @@ def _content(experiment: Experiment) -> str:
     """What decides a rating beside the options of the `scorer` section: a program's text, or the models' weights."""
     if not isinstance(experiment.scorer, Models):
         scorer = config.find("align_cli.scorers", experiment.tree["scorer"]["name"], "scorer")
-        return "\n".join(path.read_text(encoding="utf-8") for path in _sources(scorer))
+        files = [*config.sources(scorer), Path(toy.__file__)]  # `addition` asks the embedded world
+        return "\n".join(path.read_text(encoding="utf-8") for path in files)
     models = [replace(experiment.model, path=path, revision=None) for path in experiment.scorer.paths]
     return "\n".join(map(digest_of, models))
-
-
-def _sources(scorer: Callable[..., Any]) -> list[Path]:
-    """The files that a scorer is made of: ours and the embedded world's, or all of a plugin's package."""
-    own = Path(inspect.getfile(scorer))
-    if scorer.__module__.partition(".")[0] == __package__:
-        return [own, Path(toy.__file__)]
-    package = Path(inspect.getfile(importlib.import_module(scorer.__module__.partition(".")[0])))
-    return sorted(package.parent.rglob("*.py")) if package.name == "__init__.py" else [own]
 
 
 def build_rater(prepared: Prepared, engine: Engine) -> Rater:
@@ -508,10 +501,10 @@ def _pairs_of_steps(prepared: Prepared) -> Iterator[Group]:
     experiment, train, held_out = prepared.experiment, prepared.train, prepared.held_out
     for step in range(1, total_steps(experiment.train, len(train)) + 1):
         indices = _members(experiment, train, step).tolist()
-        yield from mismatched([train[index] for index in indices])
+        yield from mismatched([train[index] for index in indices], experiment.data.max_length)
     evaluated = [held_out[index] for index in range(min(experiment.eval.groups, len(held_out)))]
     if evaluated:
-        yield from mismatched(evaluated)
+        yield from mismatched(evaluated, experiment.data.max_length)
 
 
 def _frozen(experiment: Experiment, engine: Engine, device: torch.device) -> Frozen:

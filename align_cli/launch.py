@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ from align_cli.checkpoints import committed
 from align_cli.config import Tree
 from align_cli.errors import UserError
 from align_cli.experiment import Experiment
+from align_cli.models.causal import commit_of, read_architecture
 from align_cli.run import Prepared, prepare, run, score
 
 # What may differ between a run and its resumption: it does not change what is computed.
@@ -49,7 +51,6 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     """
     tree = reading.placed(tree, default_dir(tree))
     checked = reading.read(tree)
-    tree = checked.tree
     problems = [] if checked.launch.name == "prepare" else resources.needs_gpu(checked)
     if problems:
         raise UserError("\n".join(problems))
@@ -64,8 +65,9 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
         try:
             if finished(checked, run_dir):
                 return exits.DONE
+            checked = pinned(checked)
             prepared = prepare(checked)
-            rundir.write_config(run_dir, located(tree))
+            rundir.write_config(run_dir, located(checked.tree))
             ranks = resources.devices(checked)
             rundir.write_env(run_dir, device=device, ranks=ranks, data=prepared.train.report, command=command)
             if checked.launch.name == "prepare":
@@ -83,6 +85,21 @@ def launch(tree: Tree, command: Sequence[str]) -> int:
     if code == exits.DONE:
         conclude(run_dir)
     return code
+
+
+def pinned(checked: Experiment) -> Experiment:
+    """With the commit of the hub that a model without a revision has now, so that the run resumes with these weights.
+
+    Raises:
+        UserError: the model cannot be read.
+    """
+    model = checked.model
+    if model.revision is not None or model.path == "world" or Path(model.path).is_dir():
+        return checked
+    read_architecture(model)
+    commit = commit_of(model)
+    tree = {**checked.tree, "model": {**checked.tree["model"], "revision": commit}}
+    return replace(checked, tree=tree, model=replace(model, revision=commit))
 
 
 def tell_choice(checked: Experiment) -> None:
@@ -258,8 +275,12 @@ def spawn(run_dir: Path, ranks: int, held: int, flags: Sequence[str] = ()) -> in
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks))),
     }
     processes: list[subprocess.Popen[bytes]] = []
+    begun: list[int] = []  # where this start begins in each rank's log, which an earlier one may have written to
     for rank in range(ranks):
-        with open(logs / f"rank_{rank}.log", "wb") as log:
+        with open(logs / f"rank_{rank}.log" if rank else os.devnull, "ab") as log:
+            log.write(f"--- {datetime.datetime.now().astimezone().isoformat(timespec='seconds')}\n".encode())
+            log.flush()
+            begun.append(log.tell())
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "align_cli.worker", str(run_dir), *flags, *config.plugins()],
@@ -276,7 +297,8 @@ def spawn(run_dir: Path, ranks: int, held: int, flags: Sequence[str] = ()) -> in
     ended = processes[failed].returncode
     how = f"with exit code {ended}" if ended > 0 else f"by signal {-ended} ({signal.Signals(-ended).name})"
     terminal.error(f"rank {failed} ended {how}; the other ranks were stopped")
-    for line in (logs / f"rank_{failed}.log").read_text(errors="replace").strip().splitlines()[-LAST_WORDS:]:
+    said = (logs / f"rank_{failed}.log").read_bytes()[begun[failed] :] if failed else b""
+    for line in said.decode(errors="replace").strip().splitlines()[-LAST_WORDS:]:
         terminal.say(f"  rank {failed}: {line}")
     return code
 
@@ -296,7 +318,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int | None
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL if asked.count(signal.SIGINT) > 1 else signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in exits.stopping()}
     try:
         while any(process.poll() is None for process in processes):
             failed = _first_failure(processes)

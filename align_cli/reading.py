@@ -48,14 +48,17 @@ def read(tree: Tree, *, planned: bool = False) -> Experiment:
         planned: it is looked at and not run, so that a large model may be meant for GPUs that this machine has not.
 
     engine=auto becomes the engine of the run that run.dir holds; else plain PyTorch for one rank, and for several the
-    lowest ZeRO stage that fits.
+    lowest ZeRO stage that fits. A model of the hub without a revision has the one that this run began with.
 
     Raises:
         UserError: all that is wrong with it, a sentence for each problem; or the model's memory cannot be planned.
     """
-    engine = _section(tree, "engine")
+    begun = _begun(tree)
+    engine, model = _section(tree, "engine"), _section(tree, "model")
     if engine.get("name") == "auto" or engine.get("micro_tokens") == "auto":
-        tree = {**tree, "engine": _begun_on(tree, engine)}
+        tree = {**tree, "engine": _begun_on(tree, engine, begun)}
+    if model.get("revision", "") is None and _section(begun, "model").get("path") == model.get("path"):
+        tree = {**tree, "model": {**model, "revision": _section(begun, "model").get("revision")}}
     if _section(tree, "engine").get("micro_tokens") != "auto":
         return _staged(tree, planned)
     return resources.roomy(_staged(_with(tree, micro_tokens=resources.BUDGET), planned))
@@ -80,13 +83,17 @@ def _with(tree: Tree, **settings: Any) -> Tree:
     return {**tree, "engine": {**tree["engine"], **settings}}
 
 
-def _begun_on(tree: Tree, engine: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The section `engine` as the run that run.dir holds has settled what is left open, if it has as many ranks."""
+def _begun(tree: Tree) -> Tree:
+    """The configuration of the run that run.dir holds; {} where it holds none."""
     run_dir = _section(tree, "run").get("dir")
     if not isinstance(run_dir, str) or not (Path(run_dir) / rundir.CONFIG).is_file():
-        return engine
-    there = rundir.read_config(Path(run_dir))
-    if _section(there, "launch").get("devices") != _section(tree, "launch").get("devices"):
+        return {}
+    return rundir.read_config(Path(run_dir))
+
+
+def _begun_on(tree: Tree, engine: Mapping[str, Any], there: Tree) -> Mapping[str, Any]:
+    """The section `engine` as the run that run.dir holds has settled what is left open, if it has as many ranks."""
+    if not there or _section(there, "launch").get("devices") != _section(tree, "launch").get("devices"):
         return engine
     begun = _section(there, "engine")
     return {**engine, **{key: begun[key] for key in _OPEN if engine.get(key) == "auto" and key in begun}}

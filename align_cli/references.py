@@ -25,7 +25,7 @@ from align_cli.data.batches import Measured, MicroBatch, split
 from align_cli.data.store import Group, Store
 from align_cli.engine import Engine, Measuring
 from align_cli.models.adapters import switched_off
-from align_cli.models.causal import Manner, Model, measure, read_architecture
+from align_cli.models.causal import Manner, Model, commit_of, measure, read_architecture
 
 Say = Callable[[str], None]
 
@@ -54,6 +54,8 @@ def weights_digest(path: str, commit: str | None) -> str:
     folder = Path(path)
     digest = hashlib.blake2b(digest_size=16)
     if not folder.is_dir():
+        if commit is None:
+            raise ValueError(f"{path} is no folder; the weights of a model of the hub are known by its commit")
         digest.update(f"{path}@{commit}".encode())
         return digest.hexdigest()
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
@@ -63,7 +65,8 @@ def weights_digest(path: str, commit: str | None) -> str:
 
 def digest_of(model: Model) -> str:
     """The digest of the weights that a `model` section names, at its revision."""
-    return weights_digest(model.path, vars(read_architecture(model)).get("_commit_hash"))
+    read_architecture(model)
+    return weights_digest(model.path, commit_of(model))
 
 
 def rows(manner: Manner) -> str:
@@ -310,16 +313,17 @@ class MismatchKL:
     over these pairs, not below 0, is the estimate (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
     """
 
-    def __init__(self, engine: Measuring, reference: Callable[[MicroBatch], Tensor], *, budget: int) -> None:
+    def __init__(self, engine: Measuring, reference: Callable[[MicroBatch], Tensor], *, budget: int, most: int) -> None:
         self.engine = engine
         self.reference = reference
         self.budget = budget
+        self.most = most  # tokens of a pair
         self.estimate = 0.0
 
     @torch.no_grad()
     def begin(self, groups: Sequence[Group]) -> None:
         """Estimate for the step that consists of `groups`, over all ranks; every rank calls it."""
-        pairs = mismatched(groups)
+        pairs = mismatched(groups, self.most)
         if not pairs:
             self.estimate = 0.0  # a prompt alone has no other's response
             return
@@ -340,16 +344,19 @@ class MismatchKL:
         return torch.full_like(ratings[:, 0], self.estimate)
 
 
-def mismatched(groups: Sequence[Group]) -> list[Group]:
+def mismatched(groups: Sequence[Group], most: int) -> list[Group]:
     """Each prompt with a response to the next that is another, K = 1; none where all are the same.
 
     Responses take turns by place, as the best may come first: z is a mean over good and bad ones.
+
+    Args:
+        most: tokens of a prompt and a response; of a longer response the end is left out.
     """
     pairs: list[Group] = []
     for place, own in enumerate(groups):
         following = [*groups[place + 1 :], *groups[:place]]
         other = next((each for each in following if not np.array_equal(each.prompt, own.prompt)), None)
         if other is not None:
-            response = other.responses[place % len(other.responses)]
+            response = other.responses[place % len(other.responses)][: max(1, most - len(own.prompt))]
             pairs.append(replace(own, responses=(response,), ratings=own.ratings[:1]))
     return pairs

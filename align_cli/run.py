@@ -36,7 +36,7 @@ from align_cli.errors import RunError, Stopped, UserError, first_line
 from align_cli.evaluate import evaluate_loss, evaluate_samples
 from align_cli.experiment import Experiment
 from align_cli.method import Method
-from align_cli.models.causal import load_tokenizer, positions, read_architecture
+from align_cli.models.causal import commit_of, load_tokenizer, positions, read_architecture
 from align_cli.models.scalar import classifier, is_reward_model
 from align_cli.precision import Arithmetic, choose_for
 from align_cli.proposal import UPDATES
@@ -383,11 +383,22 @@ def _warn_of_little_memory(experiment: Experiment, device: torch.device) -> None
 
 
 def _inputs(prepared: Prepared, engine: Engine) -> dict[str, str]:
-    """Digests of what a run learns from and starts from; a resumed run must find the same."""
+    """What a run learns from, starts from and computes on; a resumed run must find the same.
+
+    Raises:
+        UserError: ranks read different rows.
+    """
     experiment = prepared.experiment
-    found = {"train": prepared.train.digest, "held_out": prepared.held_out.digest}
+    found = {"train": prepared.train.digest, "held_out": prepared.held_out.digest, "device": engine.device.type}
+    of_ranks = distributed.gather(found)
+    others = [str(rank) for rank, theirs in enumerate(of_ranks) if theirs != of_ranks[0]]
+    if others:
+        raise UserError(
+            f"data.path={experiment.data.path}: rank {', '.join(others)} found other rows, or another kind of device, "
+            "than rank 0. Give every node the same data, and the same devices."
+        )
     if distributed.rank() == 0:
-        found["weights"] = weights_digest(experiment.model.path, vars(engine.network.config).get("_commit_hash"))
+        found["weights"] = weights_digest(experiment.model.path, commit_of(experiment.model))
         if experiment.reference.path is not None:
             found["reference"] = _digest_here(experiment.reference.path)
         if isinstance(experiment.scorer, Models):
@@ -409,8 +420,15 @@ def _refuse_changes(latest: Checkpoint, progress: Progress, inputs: dict[str, st
         )
     keys = {"weights": "model.path", "train": "data.path", "held_out": "data.path"}
     keys |= {"reference": "reference.path", "scorer": "scorer.path or scorer.paths"}
+    then, now = progress.inputs.get("device", inputs["device"]), inputs["device"]
+    if then != now:
+        raise UserError(
+            f"{latest.folder}: the run began on {then}, and this machine offers it {now}; `align doctor` says why. "
+            "Resume it where it began, or choose a new run.dir."
+        )
     # a key that was not kept then cannot be compared now
-    changed = dict.fromkeys(keys[name] for name in inputs if progress.inputs.get(name, inputs[name]) != inputs[name])
+    there = [name for name in keys if name in inputs and name in progress.inputs]
+    changed = dict.fromkeys(keys[name] for name in there if progress.inputs[name] != inputs[name])
     if changed:
         raise UserError(
             f"{latest.folder}: what {' and '.join(changed)} names has changed since the run began; put it back to "

@@ -1,5 +1,6 @@
 """The column `reference`: three ways that agree, and a cache that never measures twice nor answers for another."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from align_cli.data.store import Group
 from align_cli.engine import Optimizer, TorchEngine
 from align_cli.models import tiny
 from align_cli.models.adapters import Adapter, attach
-from align_cli.models.causal import Manner, Model, load_model
+from align_cli.models.causal import Manner, Model, commit_of, load_model
 from align_cli.references import (
     AdapterOff,
     Cached,
@@ -189,13 +190,42 @@ def test_fewer_bits_in_matrix_products_are_other_numerics(monkeypatch: pytest.Mo
 def test_rows_of_one_prompt_are_no_mismatch() -> None:
     first, second, third, fourth = some_groups(4)
     again = replace(second, prompt=first.prompt)
-    pairs = mismatched([first, again, third, fourth])
+    pairs = mismatched([first, again, third, fourth], 1000)
     expected = [(first, third), (again, third), (third, fourth), (fourth, first)]
     assert len(pairs) == 4
     for place, (pair, (own, other)) in enumerate(zip(pairs, expected, strict=True)):
         assert np.array_equal(pair.prompt, own.prompt)
         assert np.array_equal(pair.responses[0], other.responses[place % 3])
-    assert mismatched([first, again]) == []
+    assert mismatched([first, again], 1000) == []
+
+
+def test_a_mismatched_pair_is_no_longer_than_a_row_may_be() -> None:
+    first, second = some_groups(2)
+    most = len(first.prompt) + 2
+    (pair, _) = mismatched([first, second], most)
+    assert pair.responses[0].tolist() == second.responses[0][:2].tolist()
+
+
+def test_a_model_of_the_hub_is_its_commit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    home = tmp_path / "models--some--one"
+    commits = {"main": "a" * 40, "step1000": "b" * 40}
+    (home / "refs").mkdir(parents=True)
+    for revision, commit in commits.items():
+        shutil.copytree(model, home / "snapshots" / commit)
+        (home / "refs" / revision).write_text(commit)
+
+    def named(revision: str | None) -> Model:
+        return Model(name="hf", path="some/one", revision=revision, rows="auto", head="auto", architecture=None)
+
+    for revision, commit in {None: "a" * 40, **commits, "b" * 40: "b" * 40}.items():
+        assert digest_of(named(revision)) == weights_digest("some/one", commit)
+        assert commit_of(named(revision)) == commit
+    assert digest_of(named(None)) != digest_of(named("step1000"))
+    (home / "refs" / "main").write_text("b" * 40)
+    assert digest_of(named(None)) == digest_of(named("step1000"))
+    assert load_model(named("step1000"), dtype=torch.float32, bits=None).config.vocab_size > 0
 
 
 def test_mismatched_pairs_are_of_another_prompt_and_the_estimate_is_the_mean_log_ratio(
@@ -204,12 +234,12 @@ def test_mismatched_pairs_are_of_another_prompt_and_the_estimate_is_the_mean_log
     groups = some_groups(4)
     engine = load(model)
     cached = Cached(tmp_path)
-    pairs = mismatched(groups)
+    pairs = mismatched(groups, 1000)
     for place, (pair, own, following) in enumerate(zip(pairs, groups, [*groups[1:], groups[0]], strict=True)):
         assert np.array_equal(pair.prompt, own.prompt)
         assert np.array_equal(pair.responses[0], following.responses[place % 3])
     cached.fill(engine, pairs, budget=100, say=silent)
-    column = MismatchKL(engine, cached, budget=20)
+    column = MismatchKL(engine, cached, budget=20, most=1000)
     column.begin(groups)
     # at the start the log-ratios are rounding
     assert_close(column(torch.zeros(4, 3)), torch.zeros(4), rtol=0, atol=1e-5)

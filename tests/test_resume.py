@@ -1,5 +1,6 @@
 """A run that is stopped, by whatever, goes on with the same command and ends as if nothing had happened."""
 
+import hashlib
 import json
 import os
 import random
@@ -212,6 +213,26 @@ def test_a_run_does_not_go_on_with_other_data_or_weights(
     assert align("train", *given) == exits.USER
     assert f"what {changed} names has changed" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_began_on_a_gpu_does_not_go_on_without_one(
+    forks: Forks, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    child = forks.start(*command(run_dir))
+    forks.wait_until(lambda: len(committed(run_dir / "checkpoints")) == 1)
+    os.kill(child, signal.SIGTERM)
+    forks.ended(child)
+    for checkpoint in committed(run_dir / "checkpoints"):
+        state = checkpoint.folder / "state.json"
+        state.write_text(state.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+        manifest = json.loads((checkpoint.folder / "manifest.json").read_text())
+        for entry in manifest["files"]:
+            content = (checkpoint.folder / entry["name"]).read_bytes()
+            entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (checkpoint.folder / "manifest.json").write_text(json.dumps(manifest))
+    assert align(*command(run_dir)) == exits.USER
+    assert "the run began on cuda, and this machine offers it cpu" in capsys.readouterr().err
 
 
 def test_a_run_killed_after_its_last_step_trains_no_more(tiny_model: Path, ragged_file: Path, tmp_path: Path) -> None:

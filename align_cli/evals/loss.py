@@ -57,7 +57,8 @@ def method_of(subject: Subject, experiment: Experiment, reference: str | None) -
         raise UserError(f"algo={experiment.algorithm} compares with a reference; eval.reference=MODEL names it.")
     other = prompts.named(subject, reference or experiment.reference.path or START, "eval.reference")
     column = Frozen(other.model, other.manner)
-    mismatch = MismatchKL(subject.measuring, column, budget=experiment.engine.micro_tokens)
+    most = experiment.data.max_length
+    mismatch = MismatchKL(subject.measuring, column, budget=experiment.engine.micro_tokens, most=most)
     makers: dict[str, columns.Column] = {"reference": column, "mismatch_kl": mismatch}
     made = experiment.made if "reference" in experiment.made else (*experiment.made, "reference")
     return Method(experiment, producers(experiment) | makers, made)

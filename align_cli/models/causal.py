@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -89,7 +90,7 @@ def read_weights(
     try:
         loaded: Any = kind.from_pretrained(
             model.path,
-            revision=model.revision,
+            revision=commit_of(model) or model.revision,  # of the configuration that was just read
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -328,6 +329,20 @@ def read_architecture(model: Model) -> Any:
             "never run."
         ) from error
     return config
+
+
+def commit_of(model: Model) -> str | None:
+    """The commit of the hub whose configuration was read last for a `model` section; None where it names a folder.
+
+    Raises:
+        UserError: it cannot be told.
+    """
+    if Path(model.path).is_dir():
+        return None
+    file = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    if not isinstance(file, str):
+        raise UserError(f"model.path={model.path}: its commit on the hub cannot be told; set model.revision to one.")
+    return Path(file).parent.name
 
 
 def positions(config: Any) -> int | None:
