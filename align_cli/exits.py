@@ -13,6 +13,7 @@ from align_cli.errors import RunError, Stopped, UserError
 
 # A disk that is full or broken, a file that may not be read or written: a traceback would say no more.
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+OF_THE_MACHINE += (errno.EMFILE, errno.ENFILE)  # too many open files
 
 DONE = 0
 FAILED = 1
@@ -51,15 +52,22 @@ def guarded(command: Callable[[], int]) -> int:
         return FAILED
 
 
+def stopping() -> list[signal.Signals]:
+    """The signals that ask to save and to end; among them SIGHUP, of a terminal that is closed, but not under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM interrupts as Ctrl-C does, so that `guarded` ends with `STOPPED`."""
+    """Within the block any signal to stop interrupts as Ctrl-C does, so that `guarded` ends with `STOPPED`."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in stopping() if number != signal.SIGINT}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -89,11 +89,17 @@ def folder_name(swept: Sequence[str]) -> str:
     return f"{name[:LONGEST_NAME]}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
+# what a run may be resumed with another value of (`launch.FREE`)
+_FREE = re.compile(r"\+*((track|resume|checkpoint|source\.keep|launch\.name)\b|launch=)")
+
+
 def _home(overrides: Sequence[str], config_dirs: Sequence[str], combinations: Sequence[Sequence[str]]) -> Path:
     tree = config.compose("train", combinations[0], config_dirs)
     if tree["run"]["dir"] is not None:
         return Path(str(tree["run"]["dir"]))
-    told = sorted(o for o in overrides if not re.match(r"\+*(track|resume)\b", o))
+    told = sorted(
+        o for o in overrides if not re.match(r"\+*((track|resume|checkpoint|source\.keep|launch\.name)\b|launch=)", o)
+    )
     digest = hashlib.sha256("\n".join([*told, *config_dirs]).encode()).hexdigest()[:8]
     return Path("sweeps") / f"{tree['model']['name']}-{tree['data']['name']}-{digest}"
 
@@ -156,7 +162,7 @@ def _run(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[int, boo
         for process in started:  # Ctrl-C reaches it from the terminal as well; a signal to this process alone does not
             process.terminate()
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in exits.stopping()}
     try:
         started.append(subprocess.Popen([sys.executable, "-m", "align_cli.cli", "train", *flags, *overrides]))
         return started[0].wait(), bool(asked)

@@ -47,10 +47,10 @@ def result(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line about what is going on: standard error. Where nobody reads it any longer, work goes on without it."""
+    """A line about what is going on: standard error. Where it cannot be written any longer, work goes on without it."""
     try:
         print(text, file=sys.stderr, flush=True)
-    except BrokenPipeError:
+    except OSError:  # its reader went away, its terminal was closed, the disk of its file is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what is still buffered has to go somewhere
 
 

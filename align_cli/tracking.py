@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from align_cli import terminal
-from align_cli.errors import RunError
+from align_cli.errors import RunError, UserError, first_line
 from align_cli.ranges import Count, Positive
 from align_cli.rundir import Scalar, flatten, plain, write_atomic
 
@@ -43,6 +43,9 @@ class Silent:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record what was measured at a step, all of it at once: a step has one line."""
+
+    def keep(self) -> None:
+        """Make durable what was recorded: a checkpoint that follows must not outlive it."""
 
     def progress(self, step: int, tokens_per_second: float, loss: float | None = None) -> None:
         """Show how far the run is."""
@@ -90,25 +93,39 @@ class Tracker(Silent):
             self._file.flush()
         except OSError as error:
             raise RunError(f"{self._file.name} cannot be written: {error.strerror}") from error
-        if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+        self._tell(lambda run: run.log(dict(metrics), step=step))
+
+    def keep(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(f"{self._file.name} cannot be written: {error.strerror}") from error
 
     def progress(self, step: int, tokens_per_second: float, loss: float | None = None) -> None:
         self._show.update(step, tokens_per_second, loss)
 
     def close(self, summary: Mapping[str, Scalar]) -> None:
         self._finished = True
-        if self._wandb is not None:
-            self._wandb.summary.update(dict(summary))
+        self._tell(lambda run: run.summary.update(dict(summary)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._show.stop()
+        with suppress(OSError):  # a terminal that was closed
+            self._show.stop()
         with suppress(OSError):  # the disk was full, and `log` has said so
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if self._finished else 1)
+        self._tell(lambda run: run.finish(exit_code=0 if self._finished else 1))
+
+    def _tell(self, what: Callable[[Any], object]) -> None:
+        """Tell the run of W&B, whose service is a process of its own and may have been killed."""
+        if self._wandb is None:
+            return
+        try:
+            what(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            terminal.warn(f"Weights & Biases has ended ({first_line(error)}); {METRICS} goes on without it")
 
 
 # --- metrics.jsonl
@@ -134,7 +151,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def _keep_until(path: Path, resumed: int | None) -> int:
     """Drop the lines after step `resumed`, all of them for a new run. Returns the last step that stays, or -1."""
-    rows = [] if resumed is None else [row for row in read_metrics(path.parent) if row["step"] <= resumed]
+    try:
+        rows = [] if resumed is None else [row for row in read_metrics(path.parent) if row["step"] <= resumed]
+    except ValueError as error:
+        raise UserError(f"{error}. Mend or remove the line; nothing but the file's own curve depends on it.") from error
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows[-1]["step"] if rows else -1
 
@@ -197,10 +217,13 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any], track: Track) -> Any:
     mode = wandb_mode()
     try:
         return start(mode)
-    except WandbError as error:
+    except (WandbError, ValueError) as error:  # the latter where WANDB_MODE is a word that it does not know
         if mode == "offline":
             raise
-        terminal.warn(f"Weights & Biases cannot be reached ({error}); this run is recorded offline in {run_dir}/wandb")
+        terminal.warn(
+            f"Weights & Biases cannot be reached ({first_line(error)}); this run is recorded offline in {run_dir}/wandb"
+        )
+        os.environ["WANDB_MODE"] = "offline"  # which the client reads, too
         return start("offline")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_cli import distributed, terminal
+from align_cli import distributed, exits, terminal
 from align_cli.checkpoints import Checkpoints
 from align_cli.data.batches import Step, steps_per_epoch
 from align_cli.data.store import Store
@@ -119,7 +119,7 @@ def train(
     of = total_steps(experiment.train, len(store))
     precise = experiment.engine.dtype(engine.device) == torch.float32
     norms: dict[int, Tensor] = {}  # of gradients, not looked at yet
-    ratings = Alike()
+    ratings, whole = Alike(), progress.step == 0
     plan = source.steps(progress.step + 1, of)
     while True:
         begun = time.perf_counter()
@@ -135,7 +135,8 @@ def train(
         progress.unrated += step.unrated
         if isinstance(experiment.source, FromPolicy):
             ratings.add(step.store[index] for index in step.groups)
-            against = ratings.doubt() if step.number in (1, of) else None
+            seen = step.number == 1 or (step.number == of and whole)  # else what a resumed run saw is no sign
+            against = ratings.doubt() if seen else None
             if against is not None and distributed.rank() == 0:
                 terminal.warn(against)
         figures = meter.read() if logged else {}
@@ -165,6 +166,7 @@ def train(
         if asked_to_stop or step.number == of or step.number % experiment.checkpoint.every == 0:
             _finite(norms)
             progress.columns = method.state()
+            tracker.keep()
             with checkpoints.saving(step.number, asdict(progress)) as folder:
                 engine.save(folder)
                 if proposal is not None:
@@ -263,7 +265,7 @@ def _judge(step: int, figures: dict[str, float], precise: bool) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM and SIGINT raise a flag, which the yielded function reads; a second SIGINT kills."""
+    """Within the block a signal to stop raises a flag, which the yielded function reads; a second SIGINT kills."""
     raised: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -271,7 +273,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if raised.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in exits.stopping()}
     try:
         yield lambda: bool(raised)
     finally:

@@ -6,12 +6,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb_files
 
 from align_cli import terminal, tracking
-from align_cli.errors import RunError
+from align_cli.errors import RunError, UserError
 from align_cli.tracking import Silent, Track, Tracker
 
 ALONE = Track(name="none", project=None, group=None, run_name=None, every=1, lines=1e9)
@@ -80,6 +81,38 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: this line is not JSON"):
         tracking.read_metrics(tmp_path)
+
+
+def test_a_run_whose_file_is_broken_is_not_resumed_silently(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: this line is not JSON.*Mend or remove"):
+        Tracker(tmp_path, CONFIG, ALONE, steps=3, resumed=3)
+
+
+def test_a_service_of_wandb_that_was_killed_costs_its_curves_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dead:
+        def __getattr__(self, name: str) -> Any:
+            raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(tracking, "_start_wandb", lambda *_: Dead())
+    with Tracker(tmp_path, CONFIG, WANDB, steps=3, resumed=None) as tracker:
+        tracker.log(1, {"loss": 0.5})
+        tracker.log(2, {"loss": 0.25})
+        tracker.keep()
+        tracker.close({"steps": 2})
+    assert steps(tmp_path) == [1, 2]
+    assert capsys.readouterr().err.count("Weights & Biases has ended (Connection lost)") == 1
+
+
+def test_a_mode_that_wandb_does_not_know_is_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "nowhere")
+    with Tracker(tmp_path, CONFIG, WANDB, steps=1, resumed=None) as tracker:
+        tracker.log(1, {"loss": 0.5})
+    assert "recorded offline" in capsys.readouterr().err and list((tmp_path / "wandb").glob("offline-run-*"))
 
 
 def test_progress_is_a_plain_line_where_there_is_no_terminal(

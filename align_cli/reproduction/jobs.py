@@ -226,7 +226,7 @@ def run(planned: Sequence[Job], folder: Path, *, room: int, say: Callable[[str],
         done = sum(each == "done" or each.startswith("failed") for each in states.values())
         say(f"[{done}/{len(states)}] {job.run} seed {job.seed}: {state}; {_minutes(time.monotonic() - begun)}")
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in exits.stopping()}
     try:
         while running or (waiting and not asked):
             for each in [each for each in running if each.process.poll() is not None]:
