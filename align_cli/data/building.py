@@ -96,8 +96,11 @@ class Build:
                 if not record.responses and self.sampled is None:
                     raise RowError("a prompt alone, and no response to learn from; source=rollout samples responses")
             except RowError as error:
-                self.refuse(where, error)
-                continue
+                asked = None if self.sampled is None or isinstance(row, RowError) else schemas.asked(row, where)
+                if asked is None:
+                    self.refuse(where, error)
+                    continue
+                record = asked
             kept = self.chosen(record)
             if kept is not None:
                 yield kept

@@ -23,6 +23,7 @@ Labelled = tuple[str, Row | RowError]
 
 BATCH = 256  # rows of a Parquet file held at a time
 BUFFER = 1 << 20  # bytes of a column of a Parquet file held at a time
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # how the hub names the files of a split
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -105,13 +106,16 @@ def digest_of(files: Iterable[Path]) -> str:
 def files_of(folder: Path, split: str) -> list[Path]:
     """The data files of a split in a folder: those with its name in theirs, or all where no file names a split.
 
+    Where files are named as the hub names its shards, `train_prefs-00000-of-00002`, they are those of the whole name.
+
     Raises:
         UserError: there are none.
     """
     found = sorted(file for file in folder.rglob("*") if file.is_file() and kind_of(file) in READERS)
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     found = [file for file in found if not file.name.endswith("_info.json") and not file.name.endswith("_infos.json")]
-    named = [file for file in found if names(file.relative_to(folder), split)]
+    shards = {file: match[1] for file in found if (match := SHARD.match(file.name))}
+    named = [f for f in found if (shards[f] == split if f in shards else names(f.relative_to(folder), split))]
     if named:
         return named
     if found and split == "train" and not any(names(file.relative_to(folder), one) for file in found for one in SPLITS):
@@ -125,7 +129,11 @@ def names(file: Path, split: str) -> bool:
 
 
 def lines_of(file: Path) -> Iterator[Labelled]:
-    """The rows of a JSONL file; blank lines are no rows."""
+    """The rows of a JSONL file; blank lines are no rows.
+
+    Raises:
+        UserError: it is compressed, and damaged: rows without number may be missing.
+    """
     number = 0
     try:
         with opened(file) as stream:
@@ -134,7 +142,7 @@ def lines_of(file: Path) -> Iterator[Labelled]:
                 if text.strip():
                     yield f"{file}:{number}", parsed(text.rstrip())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        yield f"{file}:{number + 1}", RowError(f"the compressed file is damaged or cut off here ({error})")
+        raise UserError(f"{file}:{number + 1}: the compressed file is damaged or cut off here ({error}).") from error
 
 
 def opened(file: Path) -> gzip.GzipFile | BufferedReader:
@@ -253,8 +261,12 @@ def saved_by_datasets(folder: Path) -> bool:
 
 def from_saved(folder: Path, split: str) -> Rows:
     import datasets
+    from datasets.exceptions import DatasetsError
 
-    saved = datasets.load_from_disk(str(folder))
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(f"{folder}: a damaged dataset: {first_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise UserError(f"{folder} has no split '{split}' (data.split): it has {', '.join(map(str, saved))}.")
@@ -272,13 +284,15 @@ def from_hub(path: str, *, revision: str | None, subset: str | None, split: str)
         UserError: it cannot be had.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         loaded = datasets.load_dataset(path, data_dir=subset, revision=revision, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = error if error.__cause__ is None else error.__cause__
         raise UserError(
             f"data.path={path}: neither a file or folder here nor a dataset that could be loaded from the hub "
-            f"(revision {revision}, split {split}): {first_line(error)} "
+            f"(revision {revision}, split {split}): {first_line(reason)} "
             "On a machine without network, copy the dataset there and set data.path to the copy."
         ) from error
     assert isinstance(loaded, datasets.Dataset)

@@ -156,7 +156,7 @@ def completions(row: Row, where: str) -> Record:
 def first_of(row: Row, keys: tuple[str, ...], what: str) -> str:
     """The first of `keys` that a row has."""
     for key in keys:
-        if key in row:
+        if row.get(key) is not None:
             return key
     raise RowError(f"{what} has none of {', '.join(keys)}: its keys are {', '.join(map(str, row))}")
 
@@ -164,7 +164,7 @@ def first_of(row: Row, keys: tuple[str, ...], what: str) -> str:
 def nca(row: Row, where: str) -> Record:
     """A0, A1, ...: whole dialogues that share all but the last turn; score_A0, score_A1, ..."""
     names = ["A0"]
-    while f"A{len(names)}" in row:
+    while row.get(f"A{len(names)}") is not None:
         names.append(f"A{len(names)}")
     dialogues = [messages(field(row, name), name) for name in names]
     if any(not turns or turns[-1]["role"] != "assistant" for turns in dialogues):
@@ -228,6 +228,14 @@ def prompt_alone(row: Row, where: str) -> Record:
     return asked_of(prompt_of(field(row, "prompt")), where)
 
 
+def asked(row: Row, where: str) -> Record | None:
+    """The prompt of a row whatever its responses are like; None where it stands under no key of its own."""
+    try:
+        return prompt_alone(row, where)
+    except RowError:
+        return None
+
+
 SFT_KEYS = (("question", "answer"), ("prompt", "response"), ("prompt", "completion"))
 
 
@@ -244,7 +252,7 @@ ANSWERS = ("chosen", "rejected", "completion", "completions", "response")
 
 
 def is_prompt(row: Row) -> bool:
-    return has("prompt")(row) and not any(key in row for key in ANSWERS)
+    return has("prompt")(row) and not any(row.get(key) is not None for key in ANSWERS)
 
 
 def is_hh(row: Row) -> bool:

@@ -22,6 +22,7 @@ A dialogue is written with "Human:" and "Assistant:" under it, as in Anthropic's
 texts (strips them) is followed: what is trained on is what it writes.
 """
 
+import datetime
 import hashlib
 import json
 import re
@@ -52,6 +53,9 @@ BEFORE = "a"  # stands before a space to encode what follows it
 LINE = 32  # words encoded in one text
 MOST_KEPT = 1 << 23  # characters of the words whose ids are kept, some 40 MB with all
 ENTRY = 64  # what an entry costs beside them, in characters
+
+DAY = datetime.date(2024, 7, 26)  # what templates that write the date are told: the day that Llama's own fall back to
+DATED = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 Ids = NDArray[np.int32]
 
@@ -317,6 +321,7 @@ class ChatWriter:
 
     def __init__(self, codec: Codec, tokenizer: PreTrainedTokenizerBase, *, stop: str, system: str | None) -> None:
         self.codec, self.tokenizer, self.system = codec, tokenizer, system
+        self.template = dated(tokenizer.get_chat_template())
         asked = self.opened([{"role": "user", "content": PROBE}])
         try:
             prompt, whole = self.write(asked, answer=None), self.write(asked, answer=PROBE)
@@ -353,7 +358,9 @@ class ChatWriter:
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
         try:
-            written = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+            written = self.tokenizer.apply_chat_template(
+                turns, chat_template=self.template, tokenize=False, add_generation_prompt=answer is None
+            )
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise RowError(f"the chat template refuses a dialogue of {roles}: {error}") from error
@@ -380,6 +387,22 @@ class ChatWriter:
             text = whole[len(prompt) : len(whole) - len(self.end)]
             responses.append(delimit(text + self.stop))
         return Rendered(delimit(prompt), tuple(responses))
+
+
+def dated(template: str) -> str:
+    """A chat template that writes `DAY` where it would write today, so that a row has the same tokens tomorrow.
+
+    Raises:
+        UserError: it asks for the date in another way.
+    """
+    fixed = DATED.sub(lambda call: repr(DAY.strftime(call[2])), template)
+    if "strftime_now(" in fixed:
+        raise UserError(
+            "the chat template writes the day on which it is used (strftime_now, without a quoted format), so that a "
+            "row would have other tokens tomorrow. Give the model's tokenizer a template with a fixed date, or set "
+            "data.template=text."
+        )
+    return fixed
 
 
 def shown(text: str, most: int = 80) -> str:
@@ -419,6 +442,7 @@ class Template:
         )
         first = backend_of(tokenizer).encode("a").ids[:1]
         self.bos = first[0] if first == [tokenizer.bos_token_id] else None
+        self.begin = tokenizer.bos_token_id  # which the tokenizer puts, or the chat template writes
         self.stop = number(backend_of(tokenizer), self.writer.last)
         self.header_tokens = len(self.codec.encode_after(ANCHOR, self.writer.header))
 
@@ -458,7 +482,7 @@ class Template:
 
     def shortened(self, prompt: Ids, most: int) -> Ids | None:
         """The end of a prompt, behind its begin-of-sequence token; None where the template's own tokens fill it."""
-        begin = prompt[: 1 if self.bos is not None else 0]
+        begin = prompt[: int(prompt[0] == self.begin)]
         room = most - len(begin)
         return np.concatenate([begin, prompt[-room:]]) if room > self.header_tokens else None
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from align_cli.data import rows
 from align_cli.data.records import RowError
 from align_cli.data.rows import Rows, open_rows
 from align_cli.errors import UserError
@@ -43,12 +44,37 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl.gz") == ROWS
 
 
-def test_a_compressed_file_that_was_cut_off_gives_its_good_rows_and_one_reason(tmp_path: Path) -> None:
+def test_a_compressed_file_that_was_cut_off_is_refused_as_rows_without_number_are_missing(tmp_path: Path) -> None:
     whole = gzip.compress("".join(json.dumps({"n": k, "t": str(k * k) * 9}) + "\n" for k in range(999)).encode())
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    *good, (_, last) = opened(tmp_path / "a.jsonl.gz").rows()
-    assert len(good) > 100 and not any(isinstance(row, RowError) for _, row in good[:-1])
-    assert isinstance(last, RowError) and "damaged or cut off" in str(last)
+    good: list[object] = []
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz:\d+: the compressed file is damaged or cut off here"):
+        good += (row for _, row in opened(tmp_path / "a.jsonl.gz").rows())
+    assert len(good) > 100 and not any(isinstance(row, RowError) for row in good[:-1])
+
+
+def test_a_split_is_the_whole_name_of_the_hub_s_shards(tmp_path: Path) -> None:
+    for name in ("train_prefs-00000-of-00002", "train_prefs-00001-of-00002", "train_sft-00000-of-00001", "README"):
+        jsonl(tmp_path / "data" / f"{name}.jsonl")
+    found = rows.files_of(tmp_path, "train_prefs")
+    assert [file.name[:17] for file in found] == ["train_prefs-00000", "train_prefs-00001"]
+    with pytest.raises(UserError, match="no file for the split 'train'"):
+        rows.files_of(tmp_path, "train")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Dataset scripts are no longer supported"), "generation"])
+def test_what_datasets_cannot_load_is_one_sentence(error: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load(*_: object, **__: object) -> None:
+        if isinstance(error, Exception):
+            raise error
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from ValueError("columns differ")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    told = "no longer supported" if isinstance(error, Exception) else "columns differ"
+    with pytest.raises(UserError, match=rf"data\.path=some/one: .*{told}"):
+        rows.open_rows("some/one", revision=None, subset=None, split="train")
 
 
 def test_each_bad_line_gives_its_place_and_its_reason(tmp_path: Path) -> None:

@@ -281,6 +281,25 @@ def test_a_shortened_prompt_keeps_its_begin_and_its_end(words: PreTrainedTokeniz
     assert template.shortened(ids, 1 + template.header_tokens) is None
 
 
+def test_a_shortened_prompt_keeps_the_begin_that_the_chat_template_alone_writes(words: PreTrainedTokenizerBase) -> None:
+    assert isinstance(words, PreTrainedTokenizerFast)
+    words.backend_tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    template = chat(words, "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    prompt = tokenise(template, record("hello there, how are you?", "7")).prompt
+    assert template.bos is None and prompt.count(begin(words)) == 1 and prompt[0] == begin(words)
+    shorter = template.shortened(np.array(prompt, dtype=np.int32), len(prompt) - 2)
+    assert shorter is not None and shorter.tolist() == prompt[:1] + prompt[3:]
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(words: PreTrainedTokenizerBase) -> None:
+    body = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    today = "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}{{ day }}"
+    fixed = chat(words, "26 Jul 2024" + body)
+    assert tokenise(chat(words, today + body), record("cat", "rat")) == tokenise(fixed, record("cat", "rat"))
+    with pytest.raises(UserError, match="strftime_now, without a quoted format"):
+        chat(words, "{% set format = '%Y' %}{{ strftime_now(format) }}" + body)
+
+
 def test_a_chat_template_is_needed_for_template_chat(words: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=r"data\.template=text"):
         Template(words, template="chat", system=None)
