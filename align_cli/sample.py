@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import yaml
@@ -38,6 +38,9 @@ SUFFIX = ".jsonl"
 DESCRIBING = ("batch", "accelerator", "limit")  # options on which no sample depends; of the rows their digest tells
 
 
+Value = TypeVar("Value")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options(Generate):
     """How samples are drawn; the keys are explained in conf/sample.yaml."""
@@ -45,6 +48,7 @@ class Options(Generate):
     samples: Count
     temperature: NonNegative
     max_new_tokens: Count
+    cut: Literal["drop", "keep"]
     limit: Count | None
     template: Literal["auto", "chat", "text"]
     system: NotEmpty | None
@@ -93,7 +97,10 @@ def read(path: Path, limit: int | None) -> list[Record]:
                 raise row
             found.append(schemas.record(row, where))
         except RowError as error:
-            raise UserError(f"{where}: {error}") from error
+            asked = None if isinstance(row, RowError) else schemas.asked(row, where)
+            if asked is None:
+                raise UserError(f"{where}: {error}") from error
+            found.append(asked)
     if not found:
         raise UserError(f'{path} has no rows; write one prompt per line, as {{"prompt": ...}}.')
     return found
@@ -173,6 +180,14 @@ def rewards(rate: Rater, asked: Asked, found: Sequence[Sequence[Response]]) -> l
     return told
 
 
+def ended(found: Sequence[Sequence[Response]], values: Sequence[Sequence[Value]]) -> list[list[Value]]:
+    """Of each prompt's samples the values of those that ended by themselves."""
+    return [
+        [value for each, value in zip(own, those, strict=True) if each.ended]
+        for own, those in zip(found, values, strict=True)
+    ]
+
+
 def notes(found: Sequence[Sequence[Response]], completions: Sequence[Sequence[str]], asked: Asked) -> list[str]:
     """Sentences on what a reader of the samples may not expect."""
     said = prompts.tell_cut(found)
@@ -190,13 +205,13 @@ def notes(found: Sequence[Sequence[Response]], completions: Sequence[Sequence[st
 
 
 def lines_of(asked: Asked, completions: Sequence[Sequence[str]], ratings: Sequence[Sequence[float]] | None) -> str:
-    """A JSON line for each prompt: `prompt`, `completions`, and `rewards` where there are ratings."""
+    """A JSON line for each prompt that has samples: `prompt`, `completions`, and `rewards` where there are ratings."""
     told: list[dict[str, Any]] = [
         {"prompt": record.prompt, "completions": own} for record, own in zip(asked.records, completions, strict=True)
     ]
     if ratings is not None:
         told = [{**row, "rewards": own} for row, own in zip(told, ratings, strict=True)]
-    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in told)
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in told if row["completions"])
 
 
 def made_of(subject: Subject, asked: Asked, options: Options, scorer: Tree | None) -> Tree:
@@ -312,6 +327,15 @@ def sample(subject: Subject, source: Path, out: Path, options: Options, scorer: 
     found, most = drawn(subject, asked, options)
     completions = texts(subject, asked, found)
     ratings = None if rate is None else rewards(rate, asked, found)
+    said = notes(found, completions, asked)
+    if options.cut == "drop":
+        completions = ended(found, completions)
+        ratings = None if ratings is None else ended(found, ratings)
+        without = sum(not own for own in completions)
+        if without == len(completions):
+            raise UserError(f"no response ended within max_new_tokens={most}; raise it, or keep them: cut=keep.")
+        if not all(each.ended for own in found for each in own):
+            said.append(f"those are left out, and {without} prompts that have no others; cut=keep keeps them")
     told = {"model": subject.name, "prompts": str(source), "numerics": subject.numerics, "longest": most}
     write(out, lines_of(asked, completions, ratings), wanted, told)
-    return [f"{len(found):,} prompts, {options.samples} samples of each in {out}", *notes(found, completions, asked)]
+    return [f"{len(found):,} prompts, {options.samples} samples of each in {out}", *said]

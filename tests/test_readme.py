@@ -55,7 +55,7 @@ SHORT = {
     r"evaluate .*code.run=true": "eval.limit=1",
     r"evaluate .*eval=mt_bench": "eval.path=mt_bench.jsonl",
     r"evaluate .*eval=rewardbench": "eval.path=rewardbench.jsonl",
-    r"sample": ON_CPU,
+    r"sample": f"{ON_CPU} cut=keep",  # of the few tokens none is the stop token
     r"chat": ON_CPU,
     r"verify$": "sft",  # tests/test_verify.py examines every algorithm
     r"reproduce nca/figure5$": "seeds=1 jobs=2",

@@ -27,7 +27,7 @@ from align_cli.responses import Response
 from align_cli.sample import Asked
 
 HI = [{"role": "user", "content": "Hi"}]
-SHORT = ("max_new_tokens=6", "samples=2", "accelerator=cpu", "precision=fp32")
+SHORT = ("max_new_tokens=6", "samples=2", "cut=keep", "accelerator=cpu", "precision=fp32")
 
 
 def write(path: Path, asked: Sequence[Any]) -> Path:
@@ -119,7 +119,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
 def test_samples_with_rewards_are_trained_on(tiny_model: Path, tmp_path: Path) -> None:
     problems = [prompt for prompt, _ in zip(toy.problems(0, 2), range(14), strict=False)]
     prompts, out = write(tmp_path / "prompts.jsonl", problems), tmp_path / "out.jsonl"
-    scored = ("max_new_tokens=20", "scorer=noisy_addition", "seed=3")
+    scored = ("max_new_tokens=20", "cut=keep", "scorer=noisy_addition", "seed=3")
     assert align("sample", str(tiny_model), str(prompts), str(out), *scored) == exits.DONE
     assert len({rating for row in read(out) for rating in row["rewards"]}) > 14
     run = tmp_path / "run"
