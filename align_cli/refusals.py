@@ -182,6 +182,11 @@ def of_source(tree: Tree, loss: Loss, link: Any) -> list[str]:
             f"algo={algorithm} source.samples=1: a prompt has no other responses to compare with. "
             "source.samples=2 or more, or algo.baseline=none."
         )
+    if (target or {}).get("normaliser") == "prompt" and samples == 1:
+        problems.append(
+            "source.samples=1 target.normaliser=prompt: a prompt's Z would be estimated from the sample that it "
+            "normalises. Use source.samples=2 or more, or target.normaliser=shared."
+        )
     return problems + _of_advantages(tree, asked)
 
 

@@ -88,6 +88,20 @@ def test_a_number_without_currency_commas_and_units(text: str, number: str | Non
         ("100", "104.1", "number", 0.04, "wrong"),
         ("-100", "-97", "number", 0.04, "right"),
         ("0", "0.001", "number", 0.04, "wrong"),
+        ("0.25", r"\frac{1}{4}", "number", 0.0, "right"),
+        ("4", r"\frac{3}{4}", "number", 0.0, "wrong"),
+        ("2", r"3\sqrt{2}", "number", 0.0, "wrong"),
+        ("1024", "2^{10}", "number", 0.0, "right"),
+        ("1.6e-19", r"1.6 \times 10^{-19}", "number", 0.0, "right"),
+        ("-19", r"1.6 \times 10^{-19}", "number", 0.0, "wrong"),
+        ("0.00001", "1e-05", "number", 0.0, "right"),
+        ("12", r"12 \text{ cm}^2", "number", 0.0, "right"),
+        ("90", r"90^\circ", "number", 0.0, "right"),
+        ("3.14", r"\pi \approx 3.14", "number", 0.0, "right"),
+        ("5", r"x = 2 + 3 = 5", "number", 0.0, "right"),
+        ("1024", "1024.3", "integer", 0.04, "right"),
+        ("1024", "1000", "integer", 0.04, "wrong"),
+        ("0", "0.4", "integer", 0.04, "wrong"),
         ("72", "seventy-two", "number", 0.0, "unread"),
         ("72", None, "number", 0.0, "unread"),
         ("72", "7" * 2000, "number", 0.0, "unread"),
@@ -111,12 +125,14 @@ def test_judgements(
     assert checker.judge([gold], answer, shape=shape, tolerance=tolerance) == expected
 
 
-def test_a_list_is_right_where_each_entry_is_in_its_place(checker: Checker) -> None:
+def test_a_list_is_right_where_it_has_the_same_numbers_in_any_order(checker: Checker) -> None:
     def judge(answer: str) -> str:
         return checker.judge(["0", "5"], answer, shape="list", tolerance=0.0)
 
-    assert judge("[0, 5]") == judge("(0; 5.0)") == "right"
-    assert judge("[5, 0]") == judge("[0, 5, 1]") == judge("0") == "wrong"
+    assert judge("[0, 5]") == judge("(0; 5.0)") == judge("[5, 0]") == "right"
+    assert judge("[5, 1]") == judge("[0, 5, 1]") == judge("0") == "wrong"
+    assert checker.judge(["1000", "2"], "2.2, 1010", shape="list", tolerance=0.2) == "right"
+    assert checker.judge(["1000", "2"], "2.2, 1010", shape="integers", tolerance=0.2) == "wrong"
     assert judge("nothing") == "unread"
 
 

@@ -118,6 +118,9 @@ HOSTILE: dict[str, tuple[str, set[str]]] = {
     ),
     "crashes": ("import ctypes\nctypes.string_at(0)", {"killed"}),
     "deep": ("def deep(n):\n    return deep(n + 1)\ndeep(0)", {"failed"}),
+    "runs_no_tests": ("import builtins\nbuiltins.exec = lambda *_: None\nbuiltins.vars = lambda *_: {}", {"failed"}),
+    "compiles_no_tests": ("import builtins\nbuiltins.compile = lambda *_, **__: (lambda: None).__code__", {"failed"}),
+    "writes_for_the_tests": ("import os\nos.write = os._exit = lambda *_: None", {"failed"}),
     "closes_everything": ("import os\nos.closerange(0, 100)\nos._exit(0)", {"exited"}),
     "half_a_character": ("raise ValueError('\\ud800' * 9)", {"failed"}),
 }

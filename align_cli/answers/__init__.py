@@ -26,6 +26,10 @@ START = 120.0  # seconds that the worker may take to import what it needs
 LONGEST = 1000  # characters of an answer that are looked at; longer ones are no answers
 MEMORY_MB = 4096
 
+# what is computed, and no number as it stands: fractions, roots, powers, constants
+EXPRESSION = re.compile(r"\\[a-zA-Z]+|\^")
+UNIT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^}]*\}(?:\^\{?\d\}?)?|\^?\{?\\(?:circ|degree)\}?|\\[ ,;!%$]")
+SCIENTIFIC = re.compile(r"(\d+\.?\d*|\.\d+)[eE]\+?(-?\d+)\b")
 NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|[-−+]?\.\d+")
 
 
@@ -84,6 +88,12 @@ def plain_number(text: str) -> str | None:
     return None if found is None else re.sub(r"[,\s]", "", found).replace("−", "-").lstrip("+")
 
 
+def bare(text: str) -> str:
+    r"""An answer without what it is equal to, units and degrees; 1.6e-19 as 1.6 \times 10^{-19}."""
+    parts = [part for part in re.split(r"=|\\approx|\\simeq", text.replace("{,}", ",")) if part.strip()]
+    return SCIENTIFIC.sub(r"\1\\times 10^{\2}", UNIT.sub("", parts[-1] if parts else "")).strip()
+
+
 # --- judging it
 
 
@@ -113,35 +123,46 @@ class Checker:
         Args:
             gold: the right answer; several where it is a list.
             answer: None: none was found.
-            shape: number, expression, bool, option, words or list (`align_cli.data.benchmarks`).
-            tolerance: how far a number may be off, relative to the right one.
+            shape: number, integer, expression, bool, option, words, list or integers (`align_cli.data.benchmarks`).
+            tolerance: how far a number may be off, relative to the right one; an integer is one when rounded.
 
         Returns:
             unread: there is no answer of this shape; given up: it took too long, or more memory than it may.
         """
         if answer is None or len(answer) > LONGEST:
             return "unread"
-        if shape == "list":
-            return self._list(gold, answer, tolerance)
+        if shape in ("list", "integers"):
+            return self._list(gold, answer, tolerance, shape)
         if shape == "bool":
             return _same(_truth(gold[0]), _truth(answer))
         if shape == "option":
             return _same(_letter(gold[0]), _letter(answer))
         if shape == "words":
             return _same(_words(gold[0]), _words(answer))
-        if shape == "number":
-            number = plain_number(answer)
-            return "unread" if number is None else self._ask(gold[0], number, tolerance)
+        if shape in ("number", "integer"):
+            return self._number(gold[0], answer, tolerance, shape)
         return self._ask(gold[0], answer, tolerance)
 
-    def _list(self, gold: Sequence[str], answer: str, tolerance: float) -> Judgement:
-        """Each entry in its place."""
-        parts = [plain_number(part) for part in re.split(r"[;,]", answer.replace("{,}", ""))]
-        numbers = [part for part in parts if part is not None]
+    def _number(self, gold: str, answer: str, tolerance: float, shape: str) -> Judgement:
+        """A number, or what can be computed to one."""
+        wanted = bare(gold)
+        if shape == "integer":
+            tolerance = _half(wanted)
+        stripped = bare(answer)
+        if EXPRESSION.search(stripped):
+            return self._ask(wanted, stripped, tolerance)
+        number = plain_number(stripped)
+        return "unread" if number is None else self._ask(wanted, number, tolerance)
+
+    def _list(self, gold: Sequence[str], answer: str, tolerance: float, shape: str) -> Judgement:
+        """The same numbers, in any order."""
+        found = [plain_number(part) for part in re.split(r"[;,]", answer.replace("{,}", ""))]
+        numbers = [part for part in found if part is not None]
         if len(numbers) != len(gold):
             return "wrong" if numbers else "unread"
-        for right, number in zip(gold, numbers, strict=True):
-            judgement = self._ask(right, number, tolerance)
+        one = "integer" if shape == "integers" else "number"
+        for right, number in zip(_sorted(gold), _sorted(numbers), strict=True):
+            judgement = self._number(right, number, tolerance, one)
             if judgement != "right":
                 return judgement
         return "right"
@@ -211,6 +232,22 @@ class Checker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _half(gold: str) -> float:
+    """The relative tolerance within which a number becomes this integer when it is rounded."""
+    try:
+        return 0.5 / abs(float(gold.replace(",", "")))
+    except (ValueError, ZeroDivisionError):
+        return 0.0
+
+
+def _sorted(numbers: Sequence[str]) -> list[str]:
+    """In ascending order; as they are where one is no plain number."""
+    try:
+        return sorted(numbers, key=float)
+    except ValueError:
+        return list(numbers)
 
 
 def _same(gold: str | None, answer: str | None) -> Judgement:

@@ -123,6 +123,7 @@ def _from_hub(benchmark: Benchmark) -> list[rows.Rows]:
     if hub is None:
         raise UserError(f"its data is not on the hub; use eval.path=FILE with {benchmark.source}.")
     import datasets
+    from datasets.exceptions import DatasetsError
 
     loaded: list[rows.Rows] = []
     try:
@@ -133,10 +134,10 @@ def _from_hub(benchmark: Benchmark) -> list[rows.Rows]:
             label = hub if subset is None else f"{hub} {subset}"
             fingerprint = rows.digest_of(Path(file["filename"]) for file in part.cache_files)
             loaded.append(rows.Rows(label, fingerprint, _numbered(label, whole)))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         folder = hub.rpartition("/")[2]
         raise UserError(
-            f"its data, {benchmark.name}, is not here and could not be fetched ({first_line(error)}); where there is "
+            f"its data, {benchmark.name}, is not here and could not be fetched ({first_line(error.__cause__ or error)}); where there is "
             f"network, `hf download --repo-type dataset {hub} --local-dir {folder}` gets it, and eval.path={folder} "
             "reads it."
         ) from error
@@ -215,18 +216,18 @@ def theoremqa(row: Row, place: str) -> Question:
     """Question, Answer, Answer_type. arXiv 2305.12524."""
     told = field(row, "Answer_type")
     shapes = {
-        "integer": "number",
+        "integer": "integer",
         "float": "number",
         "bool": "bool",
         "option": "option",
-        "list of integer": "list",
+        "list of integer": "integers",
         "list of float": "list",
     }
     if told not in shapes:
         raise RowError(f"Answer_type is {kind(told)}: {', '.join(shapes)} are known")
     gold = str(field(row, "Answer")).strip()
     shape = shapes[str(told)]
-    parts = tuple(part.strip() for part in gold.strip("[]()").split(",")) if shape == "list" else (gold,)
+    parts = tuple(part.strip() for part in gold.strip("[]()").split(",")) if shape in ("list", "integers") else (gold,)
     return Question(place, text(field(row, "Question"), "Question"), parts, shape, None)
 
 
@@ -281,7 +282,8 @@ def mbpp(row: Row, place: str) -> Task:
         raise RowError("test_list is empty")
     before = row.get("test_setup_code") or "\n".join(map(str, items(row.get("test_imports") or [], "test_imports")))
     code = text(field(row, "code"), "code")
-    entry = next((name for name in re.findall(r"def\s+(\w+)", code) if any(name in test for test in tests)), "")
+    called = set(re.findall(r"\w+", " ".join(tests)))
+    entry = next((name for name in re.findall(r"def\s+(\w+)", code) if name in called), "")
     if not entry:
         raise RowError("no function of 'code' is tested")
     begun = f'"""\n{asked}\n{tests[0]}\n"""\n'

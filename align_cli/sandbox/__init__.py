@@ -103,7 +103,12 @@ class Sandbox:
         with tempfile.TemporaryDirectory(prefix="align-code-", ignore_cleanup_errors=True) as folder:
             uid = random.SystemRandom().choice(USERS) if os.getuid() == 0 else None
             if uid is not None:
-                os.chown(folder, uid, uid)
+                try:
+                    os.chown(folder, uid, uid)
+                except OSError as error:  # in a user namespace that has no such user
+                    raise UserError(
+                        f"code.runner=process: no program can be started: user {uid}: {error.strerror}"
+                    ) from error
             request = self.request(given, folder, uid)
             supervisor = subprocess.Popen(
                 [self.path, "-I", "-S", "-B", str(HERE / "jail.py")],
@@ -253,16 +258,23 @@ def readable(python: str) -> list[str]:
 
 
 def _with_engine(options: Code) -> Sandbox:
+    problems: list[str] = []
     for name in ("docker", "podman"):
         engine = shutil.which(name)
         if engine is None:
             continue
         sandbox = Sandbox(options, "container", engine)
-        if sandbox.run("", "").passed:
+        try:
+            verdict = sandbox.run("", "")
+        except UserError as error:
+            problems.append(f"{name}: {str(error).rpartition('started: ')[2]}")
+            continue
+        if verdict.passed:
             return sandbox
+        problems.append(f"{name}: {verdict.why} ({verdict.detail})")
     raise UserError(
-        "code.runner=container: neither docker nor podman runs a container here; install one, or use "
-        "code.runner=process."
+        f"code.runner=container: neither docker nor podman runs a container here{': ' if problems else ''}"
+        f"{'; '.join(problems)}. Install one, or use code.runner=process."
     )
 
 

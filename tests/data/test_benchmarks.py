@@ -51,6 +51,16 @@ QUESTIONS: list[tuple[Callable[..., Question | None], Mapping[str, object], Ques
     ),
     (
         benchmarks.theoremqa,
+        {"Question": "q", "Answer": 1024, "Answer_type": "integer"},
+        Question("7", "q", ("1024",), "integer", None),
+    ),
+    (
+        benchmarks.theoremqa,
+        {"Question": "q", "Answer": [1, 2], "Answer_type": "list of integer"},
+        Question("7", "q", ("1", "2"), "integers", None),
+    ),
+    (
+        benchmarks.theoremqa,
         {"Question": "q", "Answer": True, "Answer_type": "bool"},
         Question("7", "q", ("True",), "bool", None),
     ),
