@@ -70,7 +70,7 @@ def figures_of(result: Result) -> dict[str, Figure]:
     for name, value in result.figures.items():
         if name not in ends:
             low, high = (result.figures.get(f"{name}{end}") for end in ("_low", "_high"))
-            of = found[name].n if name in found else len(result.items) or None
+            of = found[name].n if name in found else result.counts.get(name, len(result.items)) or None
             found[name] = Figure(value, low, high, of)
     return found
 

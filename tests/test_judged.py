@@ -178,10 +178,11 @@ def annotated(model: str, count: int, seed: int) -> list[dict[str, Any]]:
 
 def test_annotations_are_length_controlled_as_the_formulas_say(tmp_path: Path) -> None:
     rows = annotated("one", 60, 0)
-    path = write(tmp_path / "annotations.jsonl", [*rows, {**rows[0], "preference": None}])
+    unread = {**rows[0], "instruction": "unread", "preference": None}  # in front: those behind keep their places
+    path = write(tmp_path / "annotations.jsonl", [unread, *rows])
     table = tmp_path / "instruction_difficulty.csv"
     gamma = np.linspace(-1, 1, 60)
-    table.write_text(",instruction_difficulty\n" + "".join(f"{n},{value}\n" for n, value in enumerate(gamma)))
+    table.write_text(",instruction_difficulty\n" + "".join(f"{n},{value}\n" for n, value in enumerate([7, *gamma])))
     wins = np.array([row["preference"] - 1 for row in rows])
     feature = length_control.length_feature(
         *(np.array([len(row[f"output_{side}"]) for row in rows], dtype=float) for side in (2, 1))
@@ -200,16 +201,16 @@ def test_difficulty_is_fitted_to_other_models_and_found_by_instruction(tmp_path:
     others = [row for seed, name in enumerate("xyz") for row in annotated(name, 20, seed)]
     path = write(tmp_path / "others.jsonl", others)
     there = [f"instruction {place}" for place in (7, 3)]
-    one = alpaca_eval.difficulty_of(path, there, 0.1)
-    np.testing.assert_allclose(alpaca_eval.difficulty_of(path, there[::-1], 0.1), one[::-1])
+    one = alpaca_eval.difficulty_of(path, there, range(2), 0.1)
+    np.testing.assert_allclose(alpaca_eval.difficulty_of(path, there[::-1], range(2), 0.1), one[::-1])
     assert one[0] != one[1]
     with pytest.raises(UserError, match="nothing on 1 instructions, the first is 'foreign'"):
-        alpaca_eval.difficulty_of(path, ["foreign"], 0.1)
+        alpaca_eval.difficulty_of(path, ["foreign"], range(1), 0.1)
     with pytest.raises(UserError, match="annotations of 1 models"):
-        alpaca_eval.difficulty_of(write(tmp_path / "alone.jsonl", others[:20]), there, 0.1)
+        alpaca_eval.difficulty_of(write(tmp_path / "alone.jsonl", others[:20]), there, range(2), 0.1)
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="a table with the column instruction_difficulty"):
-        alpaca_eval.difficulty_of(str(tmp_path / "table.csv"), there, 0.1)
+        alpaca_eval.difficulty_of(str(tmp_path / "table.csv"), there, range(2), 0.1)
 
 
 def test_a_file_of_several_models_asks_which(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_a_file_of_several_models_asks_which(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^eval\.annotations=.*/gone\.json: there is no such file"):
         alpaca_eval.alpaca_eval(Answering(), judge=None, **options("alpaca_eval", annotations=gone))
     with pytest.raises(UserError, match=r"^eval\.difficulty=.*/gone\.json: there is no such file"):
-        alpaca_eval.difficulty_of(gone, ["one"], 0.1)
+        alpaca_eval.difficulty_of(gone, ["one"], [0], 0.1)
     with pytest.raises(UserError, match=r"judge=openai .* or eval\.annotations=FILE"):
         alpaca_eval.alpaca_eval(Answering(), judge=None, **options("alpaca_eval"))
 

@@ -1,7 +1,10 @@
 """Published preferences of judges: what a model answered, and how likely a judge preferred it to a baseline."""
 
+import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from align_cli.data import benchmarks
@@ -20,7 +23,8 @@ class Published:
         model: who answered.
         response: the answer.
         baseline, other: whom it was compared with, and what that one answered; None where the file does not say.
-        win: the probability that the judge prefers the response, in [0, 1].
+        win: the probability that the judge prefers the response, in [0, 1]; NaN where it gave none.
+        order: its place among the model's own, those without a preference counted.
     """
 
     prompt: str
@@ -30,6 +34,7 @@ class Published:
     baseline: str | None
     other: str | None
     win: float
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Pair:
 
 
 def read(path: str, *, key: str) -> tuple[list[Published], str]:
-    """The preferences of a file, with its digest.
+    """The preferences of a file, without those that its judge did not give, with its digest.
 
     Args:
         key: what names the file, for messages.
@@ -55,11 +60,16 @@ def read(path: str, *, key: str) -> tuple[list[Published], str]:
     data = Benchmark(path=path, hub=None, revision=None, subset=None, split="train", source="annotations")
     labelled, digest = benchmarks.load(data, key=key)
     rows, _ = benchmarks.read(labelled, published)
-    return [each for row in rows for each in row], digest
+    found: list[Published] = []
+    seen: Counter[str] = Counter()
+    for each in itertools.chain.from_iterable(rows):
+        found.append(replace(each, order=seen[each.model]))
+        seen[each.model] += 1
+    return [each for each in found if not math.isnan(each.win)], digest
 
 
 def published(row: Row, place: str) -> list[Published]:
-    """What a row says; nothing where its judge gave no preference.
+    """What a row says.
 
     Two schemas are known: `prompt` with `completions`, each of `model`, `response` and `reward`, a probability; and
     the annotations of alpaca_eval: `instruction`, `output_1`, `output_2`, `generator_1`, `generator_2` and
@@ -90,13 +100,12 @@ def _rewarded(row: Row, place: str) -> list[Published]:
 
 def _annotated(row: Row, place: str) -> list[Published]:
     told = row["preference"]
-    if told is None or told != told:  # no answer could be read, or NaN
-        return []
-    preference = number(told, "preference")
+    unread = told is None or told != told  # no answer could be read, or NaN
+    preference = math.nan if unread else number(told, "preference")
     asked = one_user(text(field(row, "instruction"), "instruction"))
     baseline, model = (text(field(row, f"generator_{side}"), f"generator_{side}") for side in (1, 2))
     other, response = (text(field(row, f"output_{side}"), f"output_{side}") for side in (1, 2))
-    win = 0.5 if preference == 0 else _probability(preference - 1, "preference - 1")
+    win = 0.5 if preference == 0 else preference - 1 if unread else _probability(preference - 1, "preference - 1")
     return [Published(place, asked, model, response, baseline, other, win)]
 
 

@@ -42,12 +42,14 @@ class Result:
             template or text, temperature, the version of a grader; the judge as `judge`, and its answers' `date`. What
             is of the model alone does not belong here: models are compared where `made` is the same but for the date.
         notes: sentences on what departs from the usual, and counts of what could not be read.
+        counts: of how many items a figure is, where that is not all.
     """
 
     items: list[Item]
     figures: Mapping[str, float] = field(default_factory=dict)
     made: Mapping[str, Scalar] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

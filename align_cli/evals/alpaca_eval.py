@@ -36,9 +36,14 @@ WITHOUT = (
 
 @dataclass(frozen=True)
 class Compared:
-    """What the win rates are made of: preferences over the baseline, and lengths in characters where both are known."""
+    """What the win rates are made of: preferences over the baseline, and lengths in characters where both are known.
+
+    Attributes:
+        places: of the instructions in the benchmark.
+    """
 
     instructions: Sequence[str]
+    places: Sequence[int]
     wins: Array
     lengths: tuple[Array, Array] | None
 
@@ -101,7 +106,7 @@ def alpaca_eval(
         items = [item(each.id, one, verdict) for each, one, verdict in zip(asked, contests, said, strict=True)]
         lengths = _lengths([each.response for each in contests]), _lengths([each.baseline for each in contests])
         names = [each.dialogue[-1]["content"] for each in asked]
-        compared = Compared(names, np.array([verdict.win for verdict in said]), lengths)
+        compared = Compared(names, range(len(names)), np.array([verdict.win for verdict in said]), lengths)
         made = {
             "data": data.name,
             "data.digest": digest,
@@ -126,7 +131,7 @@ def _lengths(texts: Sequence[str]) -> Array:
 
 def _controlled(compared: Compared, difficulty: str | None, ridge: float) -> dict[str, float]:
     assert compared.lengths is not None
-    gamma = None if difficulty is None else difficulty_of(difficulty, compared.instructions, ridge)
+    gamma = None if difficulty is None else difficulty_of(difficulty, compared.instructions, compared.places, ridge)
     feature = length_control.length_feature(*compared.lengths)
     rate = length_control.controlled(compared.wins, feature, gamma, ridge=ridge)
     name = "length_controlled_win_rate"
@@ -168,23 +173,23 @@ def _item(each: Published) -> Item:
 def _compared(found: Sequence[Published]) -> Compared:
     wins = np.array([each.win for each in found])
     others = [each.other for each in found if each.other is not None]
-    names = [each.dialogue[-1]["content"] for each in found]
+    names, places = [each.dialogue[-1]["content"] for each in found], [each.order for each in found]
     if len(others) < len(found):
-        return Compared(names, wins, None)
-    return Compared(names, wins, (_lengths([each.response for each in found]), _lengths(others)))
+        return Compared(names, places, wins, None)
+    return Compared(names, places, wins, (_lengths([each.response for each in found]), _lengths(others)))
 
 
 # --- how difficult an instruction is
 
 
-def difficulty_of(path: str, instructions: Sequence[str], ridge: float) -> Array:
+def difficulty_of(path: str, instructions: Sequence[str], places: Sequence[int], ridge: float) -> Array:
     """γ of each instruction: from the authors' table by place, or fitted to annotations of several models by text.
 
     Raises:
         UserError: the file has too few, or is of another schema.
     """
     found = _table(path) if path.endswith(".csv") else _fitted(path, ridge)
-    keys = [str(place) for place in range(len(instructions))] if path.endswith(".csv") else instructions
+    keys = [str(place) for place in places] if path.endswith(".csv") else instructions
     absent = [key for key in keys if key not in found]
     if absent:
         raise UserError(f"eval.difficulty={path}: nothing on {len(absent)} instructions, the first is {absent[0]!r}.")

@@ -103,7 +103,8 @@ def rewardbench(
     made = {"data": data.name, "data.digest": digest, "template": resolved(template, subject)}
     ties = sum(one == other for one, other in zip(scores[::2], scores[1::2], strict=True))
     told = [f"{ties} of {len(choices)} pairs have equal scores and count as wrong."] if ties else []
-    return Result(items, figures=figures(right), made=made, notes=[*told, *_absent(right)])
+    counts = {section: sum(len(right.get(name, ())) for name in subsets) for section, subsets in SECTIONS.items()}
+    return Result(items, figures=figures(right), counts=counts, made=made, notes=[*told, *_absent(right)])
 
 
 def first_of_each(choices: Sequence[Choice], limit: int | None) -> list[Choice]:
