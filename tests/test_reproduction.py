@@ -16,7 +16,7 @@ import torch
 import yaml
 from small_runs import SETTINGS, align
 
-from align_cli import config, exits, rundir, terminal
+from align_cli import config, exits, paths, rundir, terminal
 from align_cli.errors import UserError
 from align_cli.reproduction import jobs, loading
 from align_cli.reproduction.claims import Range
@@ -320,7 +320,7 @@ def expectation(**changes: Any) -> Expectation:
 def test_a_difference_is_paired_by_seed() -> None:
     """Of 5, 6, 7, 8, 9 less 6, 7, 8, 9, 10 every pair differs by −1, although the two spread widely."""
     found = {"a": {n: {"f": 5.0 + n} for n in range(5)}, "b": {n: {"f": 6.0 + n} for n in reversed(range(5))}}
-    outcome = judge(expectation(of="a", less="b"), found, {})
+    outcome = judge(expectation(of="a", less="b"), found, {}, asked=5)
     assert outcome.values == dict.fromkeys(range(5), -1.0)
     assert (outcome.judged.low, outcome.judged.high, outcome.judged.verdict) == (-1, -1, "holds")
 
@@ -328,28 +328,34 @@ def test_a_difference_is_paired_by_seed() -> None:
 @pytest.mark.parametrize("wanted, verdict", [("rising", "holds"), ("falling", "does not hold")])
 def test_a_trend_is_the_slope_of_each_seed(wanted: str, verdict: str) -> None:
     found = {name: {n: {"f": n + 2.0 * place} for n in range(5)} for place, name in enumerate("abc")}
-    outcome = judge(expectation(over=["a", "b", "c"], wanted=wanted), found, {})
+    outcome = judge(expectation(over=["a", "b", "c"], wanted=wanted), found, {}, asked=5)
     assert set(outcome.values.values()) == {2.0} and outcome.judged.verdict == verdict
 
 
 def test_a_figure_that_a_seed_lacks_leaves_the_claim_undecided() -> None:
     found = {"a": {n: {"f": -1.0} for n in range(6)}}
     del found["a"][2]["f"]
-    outcome = judge(expectation(of="a"), found, {})
+    outcome = judge(expectation(of="a"), found, {}, asked=6)
     assert outcome.judged.verdict == "undecided" and outcome.judged.why == "1 of 6 seeds have no such figure"
     assert outcome.judged.estimate == -1
 
 
+def test_before_all_seeds_are_done_nothing_is_decided() -> None:
+    found = {"a": {n: {"f": -1.0} for n in range(6)}}
+    outcome = judge(expectation(of="a"), found, {}, asked=10)
+    assert outcome.judged.verdict == "undecided" and outcome.judged.why == "6 of 10 seeds are done"
+
+
 def test_one_value_against_mathematics_decides_whatever_the_others_lack() -> None:
     exact = expectation(kind="exact", wanted=Range(0.0, 1.0, False))
-    assert judge(exact, {"study": {0: {"f": 5.0}, 1: {}}}, {}).judged.verdict == "does not hold"
-    assert judge(exact, {"study": {0: {"f": 0.5}, 1: {}}}, {}).judged.verdict == "undecided"
+    assert judge(exact, {"study": {0: {"f": 5.0}, 1: {}}}, {}, asked=2).judged.verdict == "does not hold"
+    assert judge(exact, {"study": {0: {"f": 0.5}, 1: {}}}, {}, asked=2).judged.verdict == "undecided"
 
 
 def test_a_study_s_figures_have_the_run_in_their_name() -> None:
     found = {"study": {n: {"js/f": 1.0, "kl/f": 2.0, "f": -3.0} for n in range(5)}}
-    assert judge(expectation(of="js", less="kl"), found, {}).judged.estimate == -1
-    assert judge(expectation(), found, {}).judged.estimate == -3
+    assert judge(expectation(of="js", less="kl"), found, {}, asked=5).judged.estimate == -1
+    assert judge(expectation(), found, {}, asked=5).judged.estimate == -3
 
 
 def test_jobs_side_by_side_have_gpus_of_their_own() -> None:
@@ -441,6 +447,16 @@ def published(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / RESULTS).write_text(json.dumps(told))
     return folder
+
+
+def test_published_results_are_in_the_words_of_their_recipes(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "RECIPES", paths.recipes())
+    for file in paths.recipes().glob("*/*.results.json"):
+        told = json.loads(file.read_text(encoding="utf-8"))
+        assert script.worded(told) == told, file
+        recipe = loading.load(told["recipe"])
+        expected = [each.claim for each in recipe.expect if each.at(told["scale"])]
+        assert [each["claim"] for each in told["expectations"]] == expected, file
 
 
 def test_the_results_page_has_what_holds_and_what_does_not(script: Any, tmp_path: Path) -> None:

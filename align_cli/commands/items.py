@@ -15,6 +15,7 @@ from align_cli import results, statistics
 from align_cli.results import FOLDER
 
 FREE = ("date", "judge_date")  # of `made`: what may differ between results that are of the same items
+PLACES = ("path", "hub", "revision", "limit", "seconds")  # options that `made` or the items tell better
 
 Values = dict[str, dict[str, float]]  # metric -> item -> value
 
@@ -91,7 +92,10 @@ def read(path: Path) -> tuple[Values, dict[str, Any]]:
     for item in finished.items:
         for metric, value in item.values.items():
             values[metric][item.id] = value
-    return dict(values), {key: value for key, value in finished.made.items() if key not in FREE}
+    options = finished.options.get("eval")
+    asked = {} if not isinstance(options, Mapping) else {f"eval.{key}": options[key] for key in options}
+    made = {key: value for key, value in finished.made.items() if key not in FREE}
+    return dict(values), {**{key: asked[key] for key in asked if key[5:] not in PLACES}, **made}
 
 
 def _alike(name: str, groups: Mapping[str, Sequence[Path]], left_out: list[tuple[str, str]]) -> dict[str, list[Values]]:

@@ -25,7 +25,9 @@ PANELS = 9  # heat maps side by side
 BARS = 30  # groups with a bar
 NOTES = 30  # sentences on what is notable
 COMMANDS = 40  # commands that are shown
-LOWER = ("loss", "kl", "length", "seconds", "memory")  # in a figure's name: less is better
+ACCURACY = "eval/after/rewards/accuracies"
+LOWER = ("loss", "kl", "js", "tv", "perplexity", "bleu", "unrated", "down", "length", "seconds", "memory")
+"""In a figure's name: less is better."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class Sweep:
         """Whether less of the metric is better."""
         return any(part in self.metric.split("/")[-1].split("_") for part in LOWER) or self.metric.startswith("loss/")
 
+    @property
+    def of_different_losses(self) -> bool:
+        """Whether the metric is a loss that means something else from one configuration to the next."""
+        settings = [key for key in self.varying if key.split(".")[0] in ("algo", "reward") or key == "data.responses"]
+        return self.metric.startswith("loss/") and bool(settings)
+
 
 def sections(runs: Sequence[Content], unread: Sequence[LeftOut], metric: str | None) -> list[Section]:
     """Everything that the page of several runs says, in its order.
@@ -64,10 +72,11 @@ def sections(runs: Sequence[Content], unread: Sequence[LeftOut], metric: str | N
     known = comparison.finished((run.path for run in runs), left_out)
     groups, in_step = comparison.grouped(known, left_out)
     sweep = Sweep(runs, groups, _varying(groups), _metric(groups, metric))
+    differences = _differences(sweep, left_out)  # which leaves out runs, too
     found: list[Section] = [*_verdicts(sweep), *_notable(sweep, left_out, in_step)]
     found += _heat_maps(sweep)
     found += _over_settings(sweep)
-    found += _differences(sweep, left_out)
+    found += differences
     if len(groups) <= LINES:
         by_path = {run.path: run for run in runs}
         shown = [(label or "the runs", [by_path[run.path] for run in group]) for label, group in groups.items()]
@@ -113,8 +122,9 @@ def _metric(groups: Groups, asked: str | None) -> str:
         if not any(comparison.is_number(run, asked) for run in runs):
             raise UserError(f"metric={asked}: no finished run has such a figure.{comparison.near(asked, groups)}")
         return asked
-    count = Counter({name: sum(comparison.is_number(run, name) for run in runs) for name in comparison.METRICS})
-    return max(comparison.METRICS, key=lambda name: count[name])
+    usual = (*comparison.METRICS[:-1], ACCURACY, comparison.METRICS[-1])
+    count = Counter({name: sum(comparison.is_number(run, name) for run in runs) for name in usual})
+    return max(usual, key=lambda name: count[name])
 
 
 def _values(runs: Sequence[Run], metric: str) -> list[float]:
@@ -134,7 +144,7 @@ def _verdicts(sweep: Sweep) -> list[Section]:
     found: list[Section] = []
     means = {label: _mean(_values(runs, sweep.metric)) for label, runs in sweep.groups.items()}
     means = {label: value for label, value in means.items() if math.isfinite(value)}
-    if means:
+    if means and not sweep.of_different_losses:
         best = (min if sweep.least else max)(means, key=lambda label: means[label])
         seeds = len(_values(sweep.groups[best], sweep.metric))
         one = seeds == 1

@@ -34,13 +34,18 @@ class Outcome:
 
 
 def judge(
-    expectation: Expectation, found: Mapping[str, Mapping[int, Mapping[str, Any]]], failed: Mapping[str, str]
+    expectation: Expectation,
+    found: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    failed: Mapping[str, str],
+    *,
+    asked: int,
 ) -> Outcome:
     """Hold an expectation against the figures.
 
     Args:
         found: of each run (of the study), by seed.
         failed: runs of which a seed failed, and why.
+        asked: how many seeds there are to be; before all are done nothing but what is exact can be refuted.
     """
     studied = OF_STUDY in found
     names = expectation.keys if studied else expectation.runs
@@ -63,8 +68,11 @@ def judge(
         wanted = Range(0.0, float("inf"), True) if wanted == "rising" else Range(float("-inf"), 0.0, True)
     judged = claims.judge(list(values.values()), wanted, exact=expectation.kind == "exact")
     refuted = expectation.kind == "exact" and judged.verdict == "does not hold"  # one value is enough
-    if len(values) < len(seeds) and not refuted:
-        told = f"{len(seeds) - len(values)} of {len(seeds)} seeds have no such figure"
+    if len(values) < asked and not refuted:
+        missing = len(seeds) - len(values)
+        told = f"{len(seeds)} of {asked} seeds are done"
+        if missing:
+            told = f"{missing} of {len(seeds)} seeds have no such figure"
         judged = Judged(judged.estimate, judged.low, judged.high, "undecided", told)
     return Outcome(expectation, values, judged)
 
@@ -82,7 +90,7 @@ def outcomes(
     """
     failed = {job.run: states[job.folder] for job in planned if states[job.folder].startswith("failed")}
     expected = [each for each in reproduction.recipe.expect if each.at(reproduction.scale.name)]
-    told = [judge(each, found, failed) for each in expected]
+    told = [judge(each, found, failed, asked=len(reproduction.seeds)) for each in expected]
     if not reproduction.shrunken:
         return told
     why = "the model is a random one of a few weights"
