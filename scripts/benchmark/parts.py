@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from align_cli import process
-from benchmark import contenders, flops, groups, plan, results, worker
+from benchmark import contenders, flops, groups, machine, plan, results, worker
 from benchmark.__main__ import RESULTS, lengths_of, say
 from benchmark.lengths import Lengths
 from benchmark.plan import ALIGN, UNSHARED, Case
@@ -42,7 +42,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench --parts", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this in it")
     parser.add_argument("--models", default="30M,135M", metavar="NAMES", help="of models (30M,135M)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="processes of each case (5)")
+    counted = "processes of each case, with those of before (5)"
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help=counted)
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="steps of each kind in a process (3)")
     parser.add_argument("--name", default="parts", help="of the results (parts)")
     parser.add_argument(
@@ -63,17 +64,12 @@ def main(arguments: Sequence[str]) -> int:
         for case in plan.sharing(SHAPES[name], groups=2, timed=given.pairs, repeats=given.repeats)
         if given.only in case.name
     ]
-    data: Record = (
-        {section: {} for section in results.SECTIONS}
-        | results.begun("parts")
-        | {
-            "settings": {"threads": plan.THREADS, "pairs": given.pairs, "budget": BUDGET},
-            "runs": [],  # whole command lines, which these are not
-            "steps": [],
-        }
-    )
+    data = _begun(path, given.pairs)
+    there = {(run["case"], run["round"]) for run in data["steps"]}
     for number in range(given.repeats):
         for case in cases:
+            if (case.name, number) in there:
+                continue
             found = contenders.ask("benchmark.parts", job_of(case, given.pairs, number))
             data["steps"].append({"case": case.name, "round": number} | found)
             data["figures"] = figures(data)
@@ -84,6 +80,19 @@ def main(arguments: Sequence[str]) -> int:
     results.write(path, data)
     say("\n".join(lines(data)))
     return 0
+
+
+def _begun(path: Path, pairs: int) -> Record:
+    """What the JSON holds already, if it is of the same code, machine and number of pairs; else nothing."""
+    settings = {"threads": plan.THREADS, "pairs": pairs, "budget": BUDGET}
+    if path.is_file():
+        found = results.read(path)
+        if (found["tree"], found["machine"], found["settings"]) == (machine.tree(), machine.machine(), settings):
+            say(f"goes on from {path}: {len(found['steps'])} processes are there")
+            return found
+        say(f"{path} is of other code, another machine or another number of pairs: it is made anew")
+    runs = {"settings": settings, "runs": [], "steps": []}  # `runs` are whole command lines, which these are not
+    return {section: {} for section in results.SECTIONS} | results.begun("parts") | runs
 
 
 def job_of(case: Case, pairs: int, number: int) -> Record:
