@@ -311,6 +311,7 @@ def _origin(prepared: Prepared) -> dict[str, Any]:
         "tokenizer": identity(prepared.tokenizer),
         "source": {name: tree["source"][name] for name in DRAWN},
         "scorer": tree["scorer"] or tree["target"]["features"],
+        "baselines": tree["reward"].get("responses"),
     }
 
 

@@ -32,7 +32,7 @@ class Kept:
     Attributes:
         run: its folder.
         origin: what decides how its samples are to be read: `tokenizer`, its digest; `source`, the options `DRAWN`;
-            `scorer`, who rated them.
+            `scorer`, who rated them; `baselines`, how many responses of the starting model its rewards are against.
     """
 
     run: Path
@@ -105,6 +105,13 @@ class Kept:
             raise UserError(
                 f"source.path={self.run}: it has not kept '{missing[0]}', which this run asks for. Use a run that "
                 "keeps it too, or leave out the part that asks."
+            )
+        responses = self.origin.get("baselines")
+        there = head.get("baselines", responses)
+        if "baselines" in wanted and there != responses:
+            raise UserError(
+                f"source.path={self.run}: its rewards were held against {there} responses of the starting model, this "
+                f"run asks for {responses}. Use reward.responses={there}."
             )
         if head["prompts"] != digest_of_prompts(prompts):
             raise UserError(

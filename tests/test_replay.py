@@ -122,6 +122,16 @@ def test_a_replay_that_does_not_fit_is_refused(
     assert words in told and "Use " in told
 
 
+def test_baselines_of_another_number_are_refused(
+    given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contrastive = ("algo=ppo", "reward=contrastive", "train.steps=1")
+    assert align(*given(tmp_path / "kept", *contrastive, "reward.responses=2", "source.keep=true")) == 0
+    replay = (*contrastive, "source=replay", f"source.path={tmp_path / 'kept'}")
+    told = refused(given(tmp_path / "run", *replay, "reward.responses=3"), tmp_path / "run", capsys)
+    assert "against 2 responses of the starting model, this run asks for 3. Use reward.responses=2." in told
+
+
 @pytest.mark.parametrize(
     "wrong", [[], ["reference=cached"], ["algo=kto", "data.pairs=null"]], ids=["no scorer", "cached", "kto"]
 )
