@@ -98,7 +98,17 @@ def test_kills_at_random_moments_change_nothing(
     assert len(set(reached)) > kills / 4  # they fell into different steps
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGINT,
+        pytest.param(
+            signal.SIGHUP,
+            marks=pytest.mark.skipif(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="nohup ignores SIGHUP"),
+        ),
+    ],
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
     number: signal.Signals, forks: Forks, command: Command, tmp_path: Path
 ) -> None:

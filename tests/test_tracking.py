@@ -141,6 +141,15 @@ def test_a_full_disk_is_said_once_and_clearly(tmp_path: Path) -> None:
         tracker.log(1, {"loss": 0.5})
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_line_about_what_goes_on_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        terminal.say("one")
+        terminal.warn("another")
+        monkeypatch.undo()
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -135,9 +135,9 @@ def _from_hub(benchmark: Benchmark) -> list[rows.Rows]:
             fingerprint = rows.digest_of(Path(file["filename"]) for file in part.cache_files)
             loaded.append(rows.Rows(label, fingerprint, _numbered(label, whole)))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        folder = hub.rpartition("/")[2]
+        folder, reason = hub.rpartition("/")[2], first_line(error.__cause__ or error)
         raise UserError(
-            f"its data, {benchmark.name}, is not here and could not be fetched ({first_line(error.__cause__ or error)}); where there is "
+            f"its data, {benchmark.name}, is not here and could not be fetched ({reason}); where there is "
             f"network, `hf download --repo-type dataset {hub} --local-dir {folder}` gets it, and eval.path={folder} "
             "reads it."
         ) from error
