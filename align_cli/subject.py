@@ -196,6 +196,8 @@ class Subject:
     def numerics(self) -> str:
         """What decides the rounding of what it computes."""
         kind = str(self.dtype).removeprefix("torch.") + (f"-{self.bits}bit" if self.bits is not None else "")
+        if self.adapted and self.dtype != torch.float32:
+            kind += "-unmerged"  # `adapters.worn`
         return f"{kind}-{self.device.type}-{torch.get_float32_matmul_precision()}"
 
     @cached_property

@@ -97,9 +97,7 @@ def _home(overrides: Sequence[str], config_dirs: Sequence[str], combinations: Se
     tree = config.compose("train", combinations[0], config_dirs)
     if tree["run"]["dir"] is not None:
         return Path(str(tree["run"]["dir"]))
-    told = sorted(
-        o for o in overrides if not re.match(r"\+*((track|resume|checkpoint|source\.keep|launch\.name)\b|launch=)", o)
-    )
+    told = sorted(override for override in overrides if not _FREE.match(override))
     digest = hashlib.sha256("\n".join([*told, *config_dirs]).encode()).hexdigest()[:8]
     return Path("sweeps") / f"{tree['model']['name']}-{tree['data']['name']}-{digest}"
 
