@@ -126,6 +126,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no run": ({"expect__0__of": ...}, r"expect\[0\].of: which run"),
     "a difference of nothing": ({"expect__0__less": "nowhere"}, r"expect\[0\]: nowhere: no such run"),
     "a trend of one": ({"expect__0__is": "rising"}, r"expect\[0\]: over: \[RUN, ...\] and is: rising or falling"),
+    "a spread of one": (
+        {"expect__0__of": ..., "expect__0__spread": ["dpo"]},
+        r"expect\[0\].spread: give two or more runs, without of, less and over",
+    ),
+    "a spread and a run": ({"expect__0__spread": ["dpo", "dpo"]}, r"expect\[0\].spread: .* without of"),
+    "less than no spread": ({"expect__0__less_spread": ["dpo", "dpo"]}, r"expect\[0\].less_spread: .* as spread"),
+    "a spread over nothing": (
+        {"expect__0__of": ..., "expect__0__spread": ["dpo", "nowhere"]},
+        r"expect\[0\]: nowhere: no such run",
+    ),
     "a figure that no run writes": ({"expect__0__figure": "displacement/choosen"}, "dpo writes no such figure.*chosen"),
     "neither runs nor study": ({"scales__tiny__runs": ...}, "scales.tiny: give either runs or a study"),
     "no runs": ({"scales__tiny__runs": {}}, "scales.tiny.runs: give at least one run"),

@@ -311,6 +311,8 @@ def expectation(**changes: Any) -> Expectation:
         "of": None,
         "less": None,
         "over": None,
+        "spread": None,
+        "less_spread": None,
         "kind": "paper",
         "source": "s",
     }
@@ -330,6 +332,18 @@ def test_a_trend_is_the_slope_of_each_seed(wanted: str, verdict: str) -> None:
     found = {name: {n: {"f": n + 2.0 * place} for n in range(5)} for place, name in enumerate("abc")}
     outcome = judge(expectation(over=["a", "b", "c"], wanted=wanted), found, {}, asked=5)
     assert set(outcome.values.values()) == {2.0} and outcome.judged.verdict == verdict
+
+
+def test_a_spread_is_of_each_seed_s_own_runs() -> None:
+    """1, 5, 2 spread by 4 and 7, 4, 9 by 5, in any order, whatever is added to all figures of a seed."""
+    one, other = (1.0, 5.0, 2.0), (7.0, 4.0, 9.0)
+    found = {
+        name: {n: {"f": value + 10 * n} for n in range(5)} for name, value in zip("abcdef", one + other, strict=True)
+    }
+    outcome = judge(expectation(spread=["c", "a", "b"]), found, {}, asked=5)
+    assert outcome.values == dict.fromkeys(range(5), 4.0)
+    outcome = judge(expectation(spread=["a", "b", "c"], less_spread=["f", "d", "e"]), found, {}, asked=5)
+    assert outcome.values == dict.fromkeys(range(5), -1.0) and outcome.judged.verdict == "holds"
 
 
 def test_a_figure_that_a_seed_lacks_leaves_the_claim_undecided() -> None:

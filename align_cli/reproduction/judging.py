@@ -62,7 +62,7 @@ def judge(
             continue  # a run leaves out what is infinite, or what its data does not show
         numbers = [[float(value) for value in of if value is not None] for of in each]
         told = [first - sum(since) for first, *since in numbers]
-        values[seed] = claims.slope(told) if expectation.over else told[0] - sum(told[1:])
+        values[seed] = _value(expectation, told)
     wanted = expectation.wanted
     if isinstance(wanted, str):
         wanted = Range(0.0, float("inf"), True) if wanted == "rising" else Range(float("-inf"), 0.0, True)
@@ -75,6 +75,16 @@ def judge(
             told = f"{missing} of {len(seeds)} seeds have no such figure"
         judged = Judged(judged.estimate, judged.low, judged.high, "undecided", told)
     return Outcome(expectation, values, judged)
+
+
+def _value(expectation: Expectation, told: Sequence[float]) -> float:
+    """What is claimed something of, from the figure of each of the expectation's runs."""
+    if expectation.over is not None:
+        return claims.slope(told)
+    if expectation.spread is not None:
+        own, others = told[: len(expectation.spread)], told[len(expectation.spread) :]
+        return max(own) - min(own) - (max(others) - min(others) if others else 0.0)
+    return told[0] - sum(told[1:])
 
 
 def outcomes(

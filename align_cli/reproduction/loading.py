@@ -314,6 +314,10 @@ def _expectation(node: Any, where: str, scales: Mapping[str, Scale], problems: l
         problems.append(f"{where}: over: [RUN, ...] and is: rising or falling belong together.")
     if found.over is not None and (found.of or found.less or len(found.over) < 2):
         problems.append(f"{where}.over: give two or more runs, without of and less.")
+    if found.spread is not None and (found.of or found.less or found.over or len(found.spread) < 2):
+        problems.append(f"{where}.spread: give two or more runs, without of, less and over.")
+    if found.less_spread is not None and (found.spread is None or len(found.less_spread) < 2):
+        problems.append(f"{where}.less_spread: give two or more runs, and those that they are held against as spread.")
     if found.since is not None and any(s.study is not None for name, s in scales.items() if found.at(name)):
         problems.append(f"{where}.since: it is of runs; a study gives the figure that is meant.")
     if found.less is not None and found.of is None:

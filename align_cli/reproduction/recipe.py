@@ -28,6 +28,8 @@ class Expectation:
     of: NotEmpty | None
     less: NotEmpty | None
     over: list[NotEmpty] | None
+    spread: list[NotEmpty] | None
+    less_spread: list[NotEmpty] | None
     kind: Literal["exact", "paper", "ours"]
     source: NotEmpty
     scale: Literal["tiny", "paper", "both"]
@@ -41,7 +43,8 @@ class Expectation:
     @property
     def runs(self) -> list[str]:
         """The runs that it speaks of."""
-        return [name for name in (self.of, self.less, *(self.over or ())) if name is not None]
+        several = (*(self.over or ()), *(self.spread or ()), *(self.less_spread or ()))
+        return [name for name in (self.of, self.less, *several) if name is not None]
 
     @property
     def keys(self) -> list[str]:
