@@ -11,9 +11,12 @@ from types import FrameType
 from align_cli import terminal
 from align_cli.errors import RunError, Stopped, UserError
 
-# A disk that is full or broken, a file that may not be read or written: a traceback would say no more.
-OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
-OF_THE_MACHINE += (errno.EMFILE, errno.ENFILE)  # too many open files
+# A disk that is full or broken, a file that may not be read or written, too many open ones: a traceback would say no
+# more.
+OF_THE_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EMFILE, errno.ENFILE),
+)
 
 DONE = 0
 FAILED = 1

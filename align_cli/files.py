@@ -22,16 +22,16 @@ def locked(file: int, how: int) -> bool:
 
     Args:
         file: a descriptor; the kernel releases the lock when the last process that holds it has ended.
-        how: `fcntl.LOCK_EX` to hold it alone, `fcntl.LOCK_SH` to share it.
+        how: as `fcntl.flock` takes it.
 
     Returns:
         Whether there are locks.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it, and `how` is not to wait.
     """
     try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
+        fcntl.flock(file, how)
     except OSError as error:
         if error.errno not in LOCKLESS:
             raise

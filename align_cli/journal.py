@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli import terminal
+from align_cli.files import locked
 
 Value = dict[str, Any]
 
@@ -89,7 +90,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # released when the descriptor is closed
+            locked(descriptor, fcntl.LOCK_EX)  # released when the descriptor is closed
             size = os.fstat(descriptor).st_size
             cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
             left = b"\n" + lines if cut else lines

@@ -16,6 +16,7 @@ from typing import Any
 from align_cli import judges, rundir, statistics
 from align_cli.errors import RunError, UserError
 from align_cli.evals import Item, Result
+from align_cli.files import locked
 from align_cli.statistics import Interval
 from align_cli.tracking import Table
 
@@ -170,7 +171,7 @@ def flat(finished: Finished) -> dict[str, rundir.Scalar]:
 def _locked(folder: Path) -> Iterator[None]:
     """Within the block no other process writes the folder's evaluations."""
     with open(folder / LOCK, "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locked(file.fileno(), fcntl.LOCK_EX)
         yield
 
 

@@ -65,7 +65,7 @@ def holder(run_dir: Path) -> str | None:
         return None
     with open(path, encoding="utf-8") as file:
         try:
-            locked(file.fileno(), fcntl.LOCK_SH)
+            locked(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return file.read().strip() or "a process that is just starting"
     return None
@@ -88,7 +88,7 @@ def lock(run_dir: Path, key: str = "run.dir") -> Iterator[int]:
         raise UserError(f"{key}={run_dir} cannot be written: {error.strerror}; choose another {key}") from error
     with open(run_dir / LOCK, "a+", encoding="utf-8") as file:
         try:
-            if not locked(file.fileno(), fcntl.LOCK_EX):
+            if not locked(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
                 terminal.warn(f"{key}={run_dir} lies on a file system without locks; start no second run there")
         except BlockingIOError as error:
             file.seek(0)

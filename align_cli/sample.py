@@ -29,6 +29,7 @@ from align_cli.data.store import Group
 from align_cli.data.tokens import Template
 from align_cli.errors import RunError, UserError
 from align_cli.evals import prompts
+from align_cli.files import locked
 from align_cli.ranges import Count, NonNegative, NotEmpty
 from align_cli.raters import Models, Rater, Unrated
 from align_cli.responses import Response
@@ -297,7 +298,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Within the block no other process writes samples into the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # released when the descriptor is closed
+        locked(descriptor, fcntl.LOCK_EX)  # released when the descriptor is closed
         yield
     finally:
         os.close(descriptor)

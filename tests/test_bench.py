@@ -564,6 +564,29 @@ def test_steps_of_both_kinds_and_their_parts_are_timed(tmp_path: Path) -> None:
         assert all(found["parts"][kind][part] > 0 for part in ("blocks", "attention", "head"))
 
 
+def test_a_measurement_of_sharing_goes_on_and_adds_to_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def ask(_: str, job: dict[str, Any]) -> dict[str, Any]:
+        asked.append(job["round"])
+        alone = dict.fromkeys(("blocks", "attention", "head", "update"), 0.1)
+        kinds = (ALIGN, UNSHARED)
+        ratios = {"token_ratio": 1.5, "operation_ratio": 1.25}
+        return {"seconds": {kind: [1.0] for kind in kinds}, "parts": dict.fromkeys(kinds, alone)} | ratios
+
+    monkeypatch.setattr(parts.contenders, "ask", ask)
+    monkeypatch.setattr(parts.contenders, "model", lambda name: tmp_path / name)
+    monkeypatch.setattr(parts, "RESULTS", tmp_path)
+    one = ["--models", "30M", "--only", "short prompts, K = 2", "--pairs", "1"]
+    assert parts.main([*one, "--repeats", "2"]) == parts.main([*one, "--repeats", "3"]) == 0
+    assert asked == [0, 1, 2]
+    assert len(json.loads((tmp_path / "parts.json").read_text())["steps"]) == 3
+    assert parts.main([*one[:-1], "2", "--repeats", "1"]) == 0
+    assert len(json.loads((tmp_path / "parts.json").read_text())["steps"]) == 1, "other steps are not mixed with them"
+
+
 def test_the_gain_of_sharing_is_taken_pair_by_pair() -> None:
     alone = {"blocks": 1.0, "attention": 0.5, "head": 0.25, "update": 0.125}
     step = {"token_ratio": 1.5, "operation_ratio": 1.25, "parts": {ALIGN: alone, UNSHARED: {**alone, "blocks": 2.0}}}

@@ -339,7 +339,8 @@ def evaluated(run: Path, values: Mapping[str, float], **made: Any) -> None:
     """What `align evaluate eval=toy` keeps of a run."""
     items = [Item(name, {"exact_match": value}, {}) for name, value in values.items()]
     told = results.figures_of(Result(items))
-    results.write(run, results.Finished("toy", told, {"samples": 4, **made}, [], {}, {}, items))
+    options = {"eval": {"path": str(run), "prompt": made.pop("prompt", None)}}
+    results.write(run, results.Finished("toy", told, {"samples": 4, **made}, [], {}, options, items))
 
 
 def test_items_that_both_sides_have_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,6 +365,18 @@ def test_results_of_other_settings_are_not_compared(tmp_path: Path, capsys: pyte
     assert [row["group"] for row in told["items"]["eval/toy/exact_match"]] == ["algo=dpo", "algo=ipo"]
     (left_out,) = [each for each in told["left_out"] if "eval/toy" in each["why"]]
     assert left_out["run"].endswith("nca-0") and "samples 1, not 4" in left_out["why"]
+
+
+def test_items_that_were_asked_in_other_words_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, prompt in (("dpo", None), ("nca", "Think step by step.")):
+        seeds(tmp_path, name, {0: 0.5}, f"algo={name}")
+        evaluated(tmp_path / f"{name}-0", {"a": 0.0, "b": 1.0}, prompt=prompt)
+    told = compared(capsys, str(tmp_path))
+    assert not told["items"]
+    (left_out,) = [each for each in told["left_out"] if "eval/toy" in each["why"]]
+    assert "eval.prompt Think step by step., not None" in left_out["why"] and "eval.path" not in left_out["why"]
 
 
 def test_the_table_of_items_says_what_its_intervals_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

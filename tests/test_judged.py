@@ -20,7 +20,7 @@ import small_runs
 import yaml
 from scripted_judge import Reply, Request, judge, scripted
 
-from align_cli import config, length_control, paths, statistics, verdicts
+from align_cli import config, length_control, paths, results, statistics, verdicts
 from align_cli.data import annotations, conversations
 from align_cli.data.records import RowError
 from align_cli.errors import RunError, UserError
@@ -311,6 +311,8 @@ def test_sections_weigh_subsets_as_the_authors_count_them(tmp_path: Path) -> Non
     reasoning = (984 + 82) / 1148
     assert result.figures["reasoning"] == pytest.approx(reasoning)
     assert result.figures["chat"] == 0
+    counted = results.figures_of(result)
+    assert (counted["reasoning"].n, counted["chat"].n, counted["score"].n) == (3, 1, 4)
     assert result.figures["score"] == pytest.approx(reasoning / 2)
     assert result.figures["score_low"] <= reasoning / 2 <= result.figures["score_high"]
     assert mean(result, "accuracy") == 0.5 and mean(result, "hep-cpp") == 0.5

@@ -233,6 +233,14 @@ def test_a_wrong_feature_is_a_sentence(given: list[str], reason: str) -> None:
         read(["algo=fdpg", "target=exponential", *given])
 
 
+def test_a_prompt_s_own_z_needs_more_than_the_sample_that_it_normalises() -> None:
+    given = ["algo=fdpg", "target=rlhf", "scorer=compiles", "algo.baseline=none", "run.dir=runs/x"]
+    with pytest.raises(UserError, match=r"source\.samples=1 target\.normaliser=prompt: .* Use source\.samples=2"):
+        read([*given, "source.samples=1"])
+    read([*given, "source.samples=2"])
+    read([*given, "source.samples=1", "target.normaliser=shared"])
+
+
 def test_features_rate_the_samples_so_that_no_scorer_is_read() -> None:
     checked = read(["algo=fdpg", "target=exponential", "run.dir=runs/x", LOW, LETTER])
     assert checked.scorer is None and checked.tree["scorer"] is None

@@ -3,17 +3,22 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_runs import SETTINGS, read
 from torch.testing import assert_close
 
+from align_cli import distributed, launch, run, rundir
 from align_cli.data.batches import flatten
 from align_cli.data.store import Group
 from align_cli.engine import Optimizer, TorchEngine
+from align_cli.errors import UserError
 from align_cli.models import tiny
 from align_cli.models.adapters import Adapter, attach
 from align_cli.models.causal import Manner, Model, commit_of, load_model
@@ -226,6 +231,40 @@ def test_a_model_of_the_hub_is_its_commit(model: Path, tmp_path: Path, monkeypat
     (home / "refs" / "main").write_text("b" * 40)
     assert digest_of(named(None)) == digest_of(named("step1000"))
     assert load_model(named("step1000"), dtype=torch.float32, bits=None).config.vocab_size > 0
+
+
+def test_a_run_keeps_the_commit_that_it_began_with(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    home, run_dir = tmp_path / "models--some--one", tmp_path / "run"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(model, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("a" * 40)
+    given = (*SETTINGS, "model.path=some/one", "data.path=rows.jsonl", f"run.dir={run_dir}", "engine=torch")
+    begun = launch.pinned(read(given))
+    assert begun.model.revision == begun.tree["model"]["revision"] == "a" * 40
+    run_dir.mkdir()
+    rundir.write_config(run_dir, begun.tree)
+    (home / "refs" / "main").write_text("b" * 40)
+    assert launch.pinned(read(given)).model.revision == "a" * 40
+    assert not launch.is_finished(read(given), run_dir)
+    rundir.write_config(run_dir, {**begun.tree, "model": {**begun.tree["model"], "path": "another/one"}})
+    assert launch.pinned(read(given)).model.revision == "b" * 40
+
+
+def test_ranks_that_read_other_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = read((*SETTINGS, "model.path=.", "data.path=rows.jsonl", "run.dir=run", "engine=torch"))
+    prepared: Any = SimpleNamespace(
+        experiment=experiment, train=SimpleNamespace(digest="one"), held_out=SimpleNamespace(digest="two")
+    )
+    engine: Any = SimpleNamespace(device=CPU)
+    for key in ("train", "device"):
+        monkeypatch.setattr(distributed, "gather", lambda mine, key=key: [mine, mine, {**mine, key: "other"}])
+        with pytest.raises(UserError, match=r"data\.path=rows\.jsonl: rank 2 found other rows"):
+            run._inputs(prepared, engine)
 
 
 def test_mismatched_pairs_are_of_another_prompt_and_the_estimate_is_the_mean_log_ratio(

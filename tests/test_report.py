@@ -387,6 +387,15 @@ def test_a_sweep_has_a_map_for_each_k_a_curve_over_k_and_every_run(grid: Path, t
     assert "became less likely in 18 of 27 configurations (−1.50 to +0.50 nats" in text
 
 
+def test_losses_of_other_algorithms_have_no_best(tmp_path: Path) -> None:
+    for place, (algo, loss) in enumerate((("dpo", 0.6), ("nca", 1.3))):
+        write(tmp_path / "runs" / str(place), f"algo={algo}", figures={"loss/last": loss})
+    assert "The least" not in words(report(str(tmp_path / "runs"), out=tmp_path / "page.html"))
+    for place, lr in enumerate(("1e-4", "3e-4")):
+        write(tmp_path / "rates" / str(place), f"train.lr={lr}", figures={"loss/last": 0.5 + place})
+    assert "The least last loss is 0.5" in words(report(str(tmp_path / "rates"), out=tmp_path / "page.html"))
+
+
 def test_where_runs_know_their_kl_the_score_stands_against_it(grid: Path, tmp_path: Path) -> None:
     for place, run in enumerate(sorted(grid.iterdir())):
         told = rundir.read_summary(run) or {}

@@ -130,6 +130,16 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert len(before) == 1  # env.json tells of both starts
 
 
+def test_under_nohup_a_closed_terminal_is_no_signal_to_stop() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert exits.stopping() == [signal.SIGTERM, signal.SIGINT]
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in exits.stopping()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_before_the_first_step_stops_as_well(forks: Forks, command: Command, tmp_path: Path) -> None:
     child = forks.start(*command(tmp_path / "run"))
     forks.wait_until((tmp_path / "run" / ".lock").exists)

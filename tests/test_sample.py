@@ -116,6 +116,32 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
     assert out.read_bytes() == content + b"{}\n"
 
 
+def test_what_did_not_end_is_left_out_unless_it_is_asked_for(
+    reader_model: Path, asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = sample.drawn
+
+    def first_ends(*given: Any) -> Any:
+        found, most = plain(*given)
+        return [
+            [Response(one.tokens, place == row == 0, 0.0) for place, one in enumerate(own)]
+            for row, own in enumerate(found)
+        ], most
+
+    monkeypatch.setattr(sample, "drawn", first_ends)
+    words = ("sample", str(reader_model), str(asked))
+    short = [word for word in SHORT if not word.startswith("cut")]
+    assert align(*words, str(tmp_path / "out.jsonl"), *short, "scorer=matches", "scorer.pattern='a'") == exits.DONE
+    (row,) = read(tmp_path / "out.jsonl")
+    assert row["prompt"] == "a much longer prompt" and len(row["completions"]) == len(row["rewards"]) == 1
+    assert "those are left out, and 2 prompts that have no others" in capsys.readouterr().err
+    assert align(*words, str(tmp_path / "all.jsonl"), *SHORT) == exits.DONE
+    assert [len(row["completions"]) for row in read(tmp_path / "all.jsonl")] == [2, 2, 2]
+    monkeypatch.setattr(sample, "ended", lambda found, values: [[] for _ in values])
+    assert align(*words, str(tmp_path / "none.jsonl"), *short) == exits.USER
+    assert "no response ended within max_new_tokens=6" in capsys.readouterr().err
+
+
 def test_samples_with_rewards_are_trained_on(tiny_model: Path, tmp_path: Path) -> None:
     problems = [prompt for prompt, _ in zip(toy.problems(0, 2), range(14), strict=False)]
     prompts, out = write(tmp_path / "prompts.jsonl", problems), tmp_path / "out.jsonl"

@@ -1,5 +1,6 @@
 """Generated code is contained, whatever it tries, and right programs are told from wrong ones."""
 
+import errno
 import json
 import os
 import shutil
@@ -452,6 +453,24 @@ def test_a_container_engine_that_does_not_run_is_said_at_once(
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     with pytest.raises(UserError, match="neither docker nor podman"):
         sandbox.opened(replace(OPTIONS, runner="container"))
+
+
+def test_podman_is_taken_where_docker_has_no_daemon(engine: Callable[..., Path], tmp_path: Path) -> None:
+    engine()
+    (tmp_path / "docker").rename(tmp_path / "podman")
+    engine("print('Cannot connect to the daemon', file=sys.stderr); sys.exit(125)")
+    box = sandbox.opened(replace(OPTIONS, runner="container"))
+    assert "podman container" in box.isolation and box.run(RIGHT, TESTS).passed
+
+
+def test_a_user_that_the_namespace_does_not_have_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(UserError, match=r"keep a program apart .*user \d+: Invalid argument"):
+        sandbox.opened(OPTIONS)
 
 
 def test_nothing_is_run_without_the_flag() -> None:

@@ -138,6 +138,16 @@ def test_combinations_keep_the_order_of_the_command_line() -> None:
     ]
 
 
+def test_a_sweep_finds_its_folder_whatever_a_run_may_be_resumed_with() -> None:
+    def home(*more: str) -> Path:
+        given = ["algo=nca,dpo", *more]
+        return sweep._home(given, [], [[each.replace("nca,", "") for each in given]])
+
+    same = ("checkpoint.every=7", "track=none", "resume=auto", "source.keep=true")
+    assert {home(each) for each in same} == {home()}
+    assert len({home(), home("train.steps=3"), home("launch.devices=2")}) == 3
+
+
 def test_jobs_with_long_or_odd_values_have_folders_of_their_own() -> None:
     names = {sweep.folder_name((f"data.path='/a b/{letter * 300}'",)) for letter in "xy"}
     assert len(names) == 2

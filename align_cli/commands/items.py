@@ -92,10 +92,9 @@ def read(path: Path) -> tuple[Values, dict[str, Any]]:
     for item in finished.items:
         for metric, value in item.values.items():
             values[metric][item.id] = value
-    options = finished.options.get("eval")
-    asked = {} if not isinstance(options, Mapping) else {f"eval.{key}": options[key] for key in options}
-    made = {key: value for key, value in finished.made.items() if key not in FREE}
-    return dict(values), {**{key: asked[key] for key in asked if key[5:] not in PLACES}, **made}
+    options: Mapping[str, Any] = finished.options.get("eval") or {}
+    asked = {f"eval.{key}": value for key, value in options.items() if key not in PLACES}
+    return dict(values), asked | {key: value for key, value in finished.made.items() if key not in FREE}
 
 
 def _alike(name: str, groups: Mapping[str, Sequence[Path]], left_out: list[tuple[str, str]]) -> dict[str, list[Values]]:

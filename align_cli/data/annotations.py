@@ -100,12 +100,13 @@ def _rewarded(row: Row, place: str) -> list[Published]:
 
 def _annotated(row: Row, place: str) -> list[Published]:
     told = row["preference"]
-    unread = told is None or told != told  # no answer could be read, or NaN
-    preference = math.nan if unread else number(told, "preference")
+    win = math.nan
+    if told is not None and told == told:  # else no answer could be read, or it is NaN
+        preference = number(told, "preference")
+        win = 0.5 if preference == 0 else _probability(preference - 1, "preference - 1")
     asked = one_user(text(field(row, "instruction"), "instruction"))
     baseline, model = (text(field(row, f"generator_{side}"), f"generator_{side}") for side in (1, 2))
     other, response = (text(field(row, f"output_{side}"), f"output_{side}") for side in (1, 2))
-    win = 0.5 if preference == 0 else preference - 1 if unread else _probability(preference - 1, "preference - 1")
     return [Published(place, asked, model, response, baseline, other, win)]
 
 

@@ -289,10 +289,9 @@ def from_hub(path: str, *, revision: str | None, subset: str | None, split: str)
     try:
         loaded = datasets.load_dataset(path, data_dir=subset, revision=revision, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = error if error.__cause__ is None else error.__cause__
         raise UserError(
             f"data.path={path}: neither a file or folder here nor a dataset that could be loaded from the hub "
-            f"(revision {revision}, split {split}): {first_line(reason)} "
+            f"(revision {revision}, split {split}): {first_line(error.__cause__ or error)} "
             "On a machine without network, copy the dataset there and set data.path to the copy."
         ) from error
     assert isinstance(loaded, datasets.Dataset)

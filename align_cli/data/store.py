@@ -230,7 +230,7 @@ def alone(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     while True:
         with path.open("w") as file:
             try:
-                locked(file.fileno(), fcntl.LOCK_EX)
+                locked(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not told:
                     waiting()
