@@ -304,18 +304,19 @@ def test_a_model_that_is_no_run_is_told_its_data(tiny_model: Path, pairs_file: P
     assert figures["displacement/chosen"].value == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision, rounding", [("fp32", 1e-4), ("bf16", 1e-6)])
 def test_adapters_are_evaluated_as_they_were_trained(
-    precision: str, tiny_model: Path, pairs_file: Path, tmp_path: Path
+    precision: str, rounding: float, tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    """In bf16 they are not merged: most of what they change would be rounded away."""
+    """Merged in fp32, up to its rounding; in bf16, whose rounding is a thousand times as large, by the same products."""
     folder = tmp_path / "run"
     given = ("algo=dpo", "adapter=lora", "adapter.rank=2", "train.steps=3", f"engine.precision={precision}")
     assert align("train", *small_runs.overrides(tiny_model, pairs_file, folder, *given)) == 0
     assert align("evaluate", str(folder), "eval=loss,diversity", CPU, f"generate.precision={precision}") == 0
     found, after = told(folder, "loss").figures, small_runs.summary(folder)
-    assert found["dpo"].value == pytest.approx(after["eval/after/loss"], abs=1e-4)
-    assert found["displacement/chosen"].value == pytest.approx(after["eval/after/displacement/chosen"], abs=1e-3)
+    assert found["dpo"].value == pytest.approx(after["eval/after/loss"], abs=rounding)
+    displacement = after["eval/after/displacement/chosen"]
+    assert found["displacement/chosen"].value == pytest.approx(displacement, abs=10 * rounding)
 
 
 BAD: list[tuple[list[str], str]] = [
