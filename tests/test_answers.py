@@ -97,6 +97,8 @@ def test_a_number_without_currency_commas_and_units(text: str, number: str | Non
         ("0.00001", "1e-05", "number", 0.0, "right"),
         ("12", r"12 \text{ cm}^2", "number", 0.0, "right"),
         ("90", r"90^\circ", "number", 0.0, "right"),
+        ("6", r"\text{6 apples}", "number", 0.0, "right"),
+        ("7", r"\boldsymbol{7}", "number", 0.0, "right"),
         ("3.14", r"\pi \approx 3.14", "number", 0.0, "right"),
         ("5", r"x = 2 + 3 = 5", "number", 0.0, "right"),
         ("1024", "1024.3", "integer", 0.04, "right"),

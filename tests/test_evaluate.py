@@ -308,7 +308,7 @@ def test_a_model_that_is_no_run_is_told_its_data(tiny_model: Path, pairs_file: P
 def test_adapters_are_evaluated_as_they_were_trained(
     precision: str, rounding: float, tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    """Merged in fp32, up to its rounding; in bf16, whose rounding is a thousand times as large, by the same products."""
+    """Merged in fp32, up to its rounding; in bf16, whose rounding is far larger, by the very same products."""
     folder = tmp_path / "run"
     given = ("algo=dpo", "adapter=lora", "adapter.rank=2", "train.steps=3", f"engine.precision={precision}")
     assert align("train", *small_runs.overrides(tiny_model, pairs_file, folder, *given)) == 0

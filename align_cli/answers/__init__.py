@@ -28,6 +28,7 @@ MEMORY_MB = 4096
 
 # what is computed, and no number as it stands: fractions, roots, powers, constants
 EXPRESSION = re.compile(r"\\[a-zA-Z]+|\^")
+WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boldsymbol|underline|mbox)\s*\{([^{}]*\d[^{}]*)\}")
 UNIT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^}]*\}(?:\^\{?\d\}?)?|\^?\{?\\(?:circ|degree)\}?|\\[ ,;!%$]")
 SCIENTIFIC = re.compile(r"(\d+\.?\d*|\.\d+)[eE]\+?(-?\d+)\b")
 NUMBER = re.compile(r"[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|[-−+]?\.\d+")
@@ -91,7 +92,8 @@ def plain_number(text: str) -> str | None:
 def bare(text: str) -> str:
     r"""An answer without what it is equal to, units and degrees; 1.6e-19 as 1.6 \times 10^{-19}."""
     parts = [part for part in re.split(r"=|\\approx|\\simeq", text.replace("{,}", ",")) if part.strip()]
-    return SCIENTIFIC.sub(r"\1\\times 10^{\2}", UNIT.sub("", parts[-1] if parts else "")).strip()
+    last = WRAPPED.sub(r"\1", parts[-1] if parts else "")
+    return SCIENTIFIC.sub(r"\1\\times 10^{\2}", UNIT.sub("", last)).strip()
 
 
 # --- judging it
